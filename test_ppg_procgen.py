@@ -741,8 +741,8 @@ def test_bad_input_of_the_script(places, flags, hint):
 )
 def test_other_systems(other):
     """Another Python or machine gets one line, which names what Procgen is built for."""
-    code = f"import argparse, difflib, pathlib, platform, runpy, sys; {other}; runpy.run_path('{SCRIPT}', run_name='__main__')"
-    status, output, errors = python("-c", code)
+    start = f"import argparse, difflib, pathlib, platform, runpy, sys; {other}; runpy.run_path('{SCRIPT}', run_name='__main__')"
+    status, output, errors = python("-c", start, "--env-id", "none")
     assert (status, output, len(errors)) == (2, [], 1)
     assert "Python 3.10, 3.11 and 3.12 on Linux x86-64" in errors[0]
 
@@ -793,8 +793,9 @@ def test_free_memory(tmp_path, cgroup, files, free):
 # ---------------------------------------------------------------------------------------------------------------- README
 
 
-def code_blocks(language):
-    return re.findall(rf"^```(?:{language})\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+def code_blocks(*languages):
+    blocks = re.findall(r"^ *```(\w*)\n(.*?)^ *```", README.read_text(), re.DOTALL | re.MULTILINE)
+    return [code for language, code in blocks if language in languages]
 
 
 def test_readme_flags_and_commands():
@@ -803,7 +804,7 @@ def test_readme_flags_and_commands():
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", re.sub(others, "", README.read_text())))
     assert named and named <= FLAGS
     commands = 0
-    for block in code_blocks("sh|bash|console|"):
+    for block in code_blocks("sh", "bash", "console", ""):
         variables = re.findall(r"for (\w+) in (\w+)", block)  # one stands for its first value
         for line in re.findall(r"python\S* ppg_procgen\.py([^\n;&|#]*)", block.replace("\\\n", " ")):
             for name, value in variables:
