@@ -1,18 +1,28 @@
 """Tests of ppg_procgen.py: each docstring is the claim. They use real Procgen games, TensorBoard files and processes."""
 
 import contextlib
+import hashlib
 import io
 import os
+import pickle
+import random
 import re
+import resource
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -54,7 +64,7 @@ def same_weights(a, b):
 
 
 def observe(folder, flags=""):
-    """What the user of a tiny run in this folder can see: {"weights", "header", "steps", "path"}, or the error alone."""
+    """What a user sees of a tiny run in this folder: {"weights", "header", "steps", "path", "files"}, or the error."""
     output, errors = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
         patch.chdir(folder)
@@ -67,6 +77,7 @@ def observe(folder, flags=""):
         "weights": agent.state_dict(),
         "header": output.getvalue().splitlines()[0],
         "steps": {tag: list(points) for tag, points in scalars(run_dir).items()},
+        "files": sorted(file.name for file in run_dir.glob("*.pt")),
         "path": re.sub(r"__\d+$", "", str(run_dir.relative_to(folder))),
     }
 
@@ -533,13 +544,15 @@ EFFECTS = {
     "steps": "--num-envs 2 --num-steps 4 --total-timesteps 96 --n-pi 2",
     "header": "--arch dual --device cuda",
     "path": "--exp-name mine --run-dir elsewhere",
+    "files": "--checkpoint-every 0",
 }
 EFFECTS = [(flag, value, what) for what, flags in EFFECTS.items() for flag, value in zip(*[iter(flags.split())] * 2)]
 
 
 def test_every_flag_has_an_effect_listed(base):
-    """The table above names every flag of the script; without --run-dir the path tells game, name and seed."""
-    assert {flag for flag, _, _ in EFFECTS} == FLAGS
+    """The table above names every flag of the script but two that have tests of their own below; without --run-dir the
+    path tells game, name and seed."""
+    assert {flag for flag, _, _ in EFFECTS} == FLAGS - {"--resume", "--compile"}
     assert base["path"] == "runs/chaser__ppg_procgen__1"
 
 
@@ -656,7 +669,7 @@ class Nan(Quadrants):
     [
         ("--learning-rate 1e30", None, "losses/policy_loss policy phase step 32"),
         ("--aux-learning-rate 1e30", None, "losses/aux/kl_loss auxiliary phase step 32"),
-        ("", Nan(4), "losses/policy_loss policy phase step 32"),
+        ("", Nan(4), "return policy phase step 32"),
     ],
 )
 def test_non_finite_loss_stops_the_run(tmp_path, monkeypatch, flags, envs, words):
@@ -697,7 +710,6 @@ BAD = [
     ("--device cuda", "--device cpu"),
     ("--run-dir {tmp}/file/below", "{tmp}/file/below"),
     ("--run-dir {tmp}/run", "another --run-dir"),
-    ("--run-dir {tmp}/begun", "another --run-dir"),
     ("--n-pi 100_000_000 --total-timesteps 3.2e9", "is the largest that fits"),
     ("--num-steps 1_000_000_000 --total-timesteps 4e9", "fewer --num-envs or --num-steps"),
 ]
@@ -706,7 +718,7 @@ BAD = [
 @pytest.fixture
 def places(tmp_path):
     """A regular file, and two run directories that are taken."""
-    for path in "file", "run/agent.pt", "begun/events.out.tfevents.1":
+    for path in "file", "run/agent.pt":
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).touch()
     return tmp_path
@@ -758,17 +770,17 @@ def test_too_large_a_phase_buffer(tmp_path, monkeypatch, capsys):
 
 
 V1, V2 = "4:memory:/box/job\n3:cpu:/other\n", "0::/box/job\n"
-MEMORY, LIMITED = "sys/fs/cgroup/memory", {"memory.limit_in_bytes": "700", "memory.usage_in_bytes": "300"}
+MEMORY, LIMITED = "sys/fs/cgroup/memory", {"memory.limit_in_bytes": "700", "memory.usage_in_bytes": "350"}
 
 
 @pytest.mark.parametrize(
     "cgroup, files, free",
     [
         (V2, {}, 1024_000),
-        (V2, {"sys/fs/cgroup/box/job": {"memory.max": "700", "memory.current": "300"}}, 400),
-        (V2, {"sys/fs/cgroup/box/job": {"memory.max": "max", "memory.current": "300"}}, 1024_000),
-        (V2, {"sys/fs/cgroup/box": {"memory.max": "900", "memory.current": "300"}}, 600),
-        (V2, {"sys/fs/cgroup": {"memory.max": "950", "memory.current": "300"}}, 650),
+        (V2, {"sys/fs/cgroup/box/job": {"memory.max": "700", "memory.current": "350"}}, 400),
+        (V2, {"sys/fs/cgroup/box/job": {"memory.max": "max", "memory.current": "350"}}, 1024_000),
+        (V2, {"sys/fs/cgroup/box": {"memory.max": "900", "memory.current": "350"}}, 600),
+        (V2, {"sys/fs/cgroup": {"memory.max": "950", "memory.current": "350"}}, 650),
         (V2, {"sys/fs/cgroup/box": {"memory.max": "9999999", "memory.current": "0"}}, 1024_000),
         (V1, {f"{MEMORY}/box/job": LIMITED}, 400),
         (V1, {f"{MEMORY}/box": LIMITED}, 400),
@@ -777,7 +789,8 @@ MEMORY, LIMITED = "sys/fs/cgroup/memory", {"memory.limit_in_bytes": "700", "memo
     ],
 )
 def test_free_memory(tmp_path, cgroup, files, free):
-    """The lesser of MemAvailable and what the cgroup or an ancestor of it leaves below its limit, v1 or v2."""
+    """The lesser of MemAvailable and what a cgroup or its ancestor leaves below the limit, v1 or v2; files that were read
+    (inactive_file) count as free."""
     files = {
         "proc": {"meminfo": "MemTotal: 9000 kB\nMemAvailable: 1000 kB\n"},
         "proc/self": {"cgroup": cgroup},
@@ -785,9 +798,504 @@ def test_free_memory(tmp_path, cgroup, files, free):
     }
     for folder, contents in files.items():
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / "memory.stat").write_text("inactive_file 50\ntotal_inactive_file 50\nrss 9\n")
         for name, text in contents.items():
             (tmp_path / folder / name).write_text(text)
     assert ppg.free_memory(tmp_path) == free
+
+
+# A phase is two rollouts of 16 steps in all. Chaser rewards a random policy within a few steps.
+SMALL = (
+    "--env-id chaser --arch shared --num-envs 2 --num-steps 8 --num-minibatches 2 --n-pi 2 --e-aux 1"
+    " --num-aux-minibatches 2 --device cpu"
+)
+PHASE = 32
+
+
+def train(flags):
+    """A run, or more of one, in this process."""
+    args = ppg.parse_args(shlex.split(flags))
+    while list(Path(args.run_dir).glob(f"events.*.{int(time.time())}.*")):
+        time.sleep(0.05)  # TensorBoard reads the event files of a directory in the order of the seconds in their names
+    return ppg.train(args)
+
+
+def stopped(flags, capsys):
+    """A run in this process -> its exit status, its lines on stderr."""
+    status, message = 0, ""
+    try:
+        train(flags)
+    except SystemExit as stop:  # a message instead of a status is printed by Python, and the status is 1
+        status, message = (stop.code, "") if isinstance(stop.code, int) else (1, stop.code)
+    return status, (capsys.readouterr().err + message).splitlines()
+
+
+def assert_refused(flags, words, capsys):
+    """A run in this process ends with exit status 2 and one line on stderr with these words."""
+    status, errors = stopped(flags, capsys)
+    assert status == 2 and len(errors) == 1 and words in errors[0], errors
+
+
+def start(flags, **options):
+    """The script as a process of its own."""
+    command = [sys.executable, SCRIPT, *shlex.split(flags)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=SCRIPT.parent, **pipes, **options)
+
+
+def read_until(process, *beginnings):
+    """Read a process's stdout up to lines that begin so, one after the other."""
+    for beginning in beginnings:
+        while not (line := process.stdout.readline()).startswith(beginning):
+            assert line, f"no line {beginning!r}; stderr: {process.stderr.read()}"
+
+
+def finish(process):
+    """Wait for a process -> its exit status, its lines on stderr that are not empty."""
+    errors = process.communicate(timeout=120)[1]
+    return process.returncode, [line for line in errors.splitlines() if line]
+
+
+def flat(value, path="checkpoint"):
+    """Nested containers -> {path: value}, tensors as their type, shape and hash."""
+    if isinstance(value, torch.Tensor):
+        return {path: (value.dtype, tuple(value.shape), hashlib.sha256(value.numpy().tobytes()).hexdigest())}
+    if not isinstance(value, (dict, list, tuple)):
+        return {path: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return {name: leaf for key, part in items for name, leaf in flat(part, f"{path}.{key}").items()}
+
+
+def content(run_dir):
+    """All that two equal runs have in common, bit by bit: the checkpoint, the weights and the scalars."""
+    data, problems = ppg.load_checkpoint(run_dir)
+    assert not problems
+    for name in ("run_dir", "total_timesteps", "checkpoint_every"):
+        del data["args"][name]
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if tag != "charts/SPS" and not tag.startswith("time/")]
+    scalars = {tag: [(event.step, event.value.hex()) for event in events.Scalars(tag)] for tag in tags}
+    return flat(data) | flat(ppg.load_agent(Path(run_dir, "agent.pt"))[0].state_dict(), "agent") | scalars
+
+
+def position(path):
+    return torch.load(path, weights_only=True)["position"][:2]
+
+
+def files(run_dir):
+    """The names of a run directory's files, the content of its checkpoints and its weights."""
+    return {file.name: file.read_bytes() for file in Path(run_dir).glob("*.p*")}
+
+
+def edit(path, change):
+    data = torch.load(path, weights_only=True)
+    change(data)
+    ppg.save(path, data)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The content of an uninterrupted run of three phases."""
+    run_dir = tmp_path_factory.mktemp("whole")
+    train(f"{SMALL} --run-dir {run_dir} --total-timesteps {3 * PHASE}")
+    return content(run_dir)
+
+
+@pytest.fixture(scope="module")
+def two_phases(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("two_phases")
+    train(f"{SMALL} --run-dir {run_dir} --total-timesteps {2 * PHASE}")
+    return run_dir
+
+
+@pytest.fixture
+def run_dir(two_phases, tmp_path):
+    """A run of two phases, of the test's own."""
+    return shutil.copytree(two_phases, tmp_path / "run")
+
+
+# ---------------------------------------------------------------------------------------------------------- exact resume
+
+
+@pytest.mark.parametrize(
+    "flags, first, last",
+    [
+        *[(f"--env-id {game}", PHASE, 2 * PHASE) for game in ppg.GAMES],
+        ("--arch dual", PHASE, 2 * PHASE),
+        ("--precision fp32 --e-pi 2 --e-v 1", PHASE, 2 * PHASE),
+        ("", PHASE + 16, 3 * PHASE + 16),
+        ("", 16, 2 * PHASE),
+    ],
+)
+def test_resume_is_exact(tmp_path, flags, first, last):
+    """A run that ended at a phase boundary, or inside a phase, and is extended ends as if it had run in one go."""
+    train(f"{SMALL} {flags} --run-dir {tmp_path / 'one_go'} --total-timesteps {last}")
+    train(f"{SMALL} {flags} --run-dir {tmp_path / 'extended'} --total-timesteps {first}")
+    train(f"--resume {tmp_path / 'extended'} --total-timesteps {last}")
+    assert content(tmp_path / "extended") == content(tmp_path / "one_go")
+
+
+def test_killed_at_any_moment(tmp_path):
+    """Killed by SIGKILL at 12 random moments, six of them meant to be while a checkpoint is written, and resumed each
+    time, the script ends as if left alone; at each moment a checkpoint is complete."""
+    flags, run_dir, rng = f"{SMALL} --num-steps 4 --total-timesteps {16 * 16}", tmp_path / "killed", random.Random(1)
+    train(f"{flags} --run-dir {tmp_path / 'left_alone'}")
+    partial_file, while_writing, positions = run_dir / "checkpoint.partial", 0, []
+    for kill in range(12):
+        started = time.time_ns()
+
+        def is_writing(since=started):
+            with suppress(FileNotFoundError):  # what is left from an earlier kill is older
+                return partial_file.stat().st_mtime_ns > since
+
+        process = start(f"{flags} --run-dir {run_dir}" if kill == 0 else f"--resume {run_dir}")
+        lines = rng.randrange(4) if kill else 0  # the first kill comes before the first phase boundary
+        read_until(process, "chaser", "step", *[""] * lines)
+        if kill % 2:
+            while process.poll() is None and not is_writing():
+                time.sleep(0.0005)
+        else:
+            time.sleep(rng.uniform(0, 0.1))
+        process.kill()
+        assert finish(process)[0] == -signal.SIGKILL
+        while_writing += bool(is_writing())
+        positions.append(ppg.load_checkpoint(run_dir)[0]["position"][1])
+    assert while_writing >= 3 and positions[0] == 0 and positions == sorted(positions)
+    train(f"--resume {run_dir}")
+    assert content(run_dir) == content(tmp_path / "left_alone")
+
+
+def test_killed_before_the_first_checkpoint(tmp_path, whole):
+    """What a kill before the first checkpoint was complete leaves behind does not stop the same command from starting
+    anew."""
+    (tmp_path / "checkpoint.partial").write_bytes(b"unfinished")
+    ppg.SummaryWriter(tmp_path).close()
+    train(f"{SMALL} --run-dir {tmp_path} --total-timesteps {3 * PHASE}")
+    assert content(tmp_path) == whole
+
+
+@pytest.mark.parametrize(
+    "number, status, flags",
+    [(signal.SIGINT, 130, ""), (signal.SIGTERM, 143, ""), (signal.SIGINT, 130, "--checkpoint-every 0")],
+)
+def test_signals(tmp_path, whole, number, status, flags):
+    """Ctrl-C and SIGTERM end a run with 130 and 143 and one line that says up to which step it is saved, with a command
+    that really continues it, or that nothing is saved."""
+    run_dir = tmp_path / "a run"
+    process = start(f"{SMALL} {flags} --total-timesteps {3 * PHASE} --run-dir '{run_dir}'")
+    read_until(process, "step", "step", "step")
+    process.send_signal(number)
+    ended, errors = finish(process)
+    assert ended == status and len(errors) == 1 and number.name in errors[0]
+    if flags:
+        assert "nothing is saved" in errors[0] and not (run_dir / "checkpoint.pt").exists()
+    else:
+        assert f"saved up to step {position(run_dir / 'checkpoint.pt')[1]};" in errors[0]
+        command = re.search("python ppg_procgen.py --resume .*", errors[0])[0]
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        subprocess.run(command, shell=True, check=True, cwd=SCRIPT.parent, env={**os.environ, "PATH": path})
+        assert content(run_dir) == whole
+
+
+def test_one_process_per_run_directory(tmp_path, capsys):
+    """While a process runs in a directory, no other may, fresh or with --resume; once it was killed, another may."""
+    flags = f"{SMALL} --run-dir {tmp_path} --total-timesteps 1e9"
+    process = start(flags)
+    try:
+        read_until(process, "step", "step", "step")
+        for second in (flags, f"--resume {tmp_path}"):
+            assert_refused(second, "another process", capsys)
+    finally:
+        process.kill()
+    assert finish(process)[0] == -signal.SIGKILL
+    step = ppg.load_checkpoint(tmp_path)[0]["position"][1]
+    train(f"--resume {tmp_path} --total-timesteps {step + PHASE}")
+    assert position(tmp_path / "checkpoint.pt")[1] == step + PHASE
+
+
+def test_memory_does_not_grow(tmp_path):
+    """A run's resident memory after 100 rollouts is within 1 % of that after 10."""
+    process = start(f"{SMALL} --total-timesteps {102 * 16} --run-dir {tmp_path}")
+    kilobytes = []
+    for rollouts in (10, 90):
+        read_until(process, *["step"] * rollouts)
+        kilobytes.append(int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())[1]))
+    assert finish(process) == (0, [])
+    assert kilobytes[1] == pytest.approx(kilobytes[0], rel=0.01)
+
+
+# ---------------------------------------------------------------------------------------------------------------- faults
+
+
+@pytest.mark.parametrize("file, limit", [("events.out", 700), ("agent.pt", 1_000_000), ("checkpoint.pt", 5_000_000)])
+def test_full_disk(run_dir, whole, file, limit):
+    """Where a file of the run cannot be written, the run ends with exit status 1 and one line that says why and how to
+    go on; the checkpoint is as it was, nothing half-written stays, and the run can be resumed exactly."""
+    before = files(run_dir)
+
+    def full():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    flags = f"--resume {run_dir} --total-timesteps {3 * PHASE}"
+    status, errors = finish(start(flags, preexec_fn=full))
+    assert status == 1 and len(errors) == 1
+    assert re.search(f"File too large: saved up to step {2 * PHASE}; .* --resume {run_dir}$", errors[0])
+    after = files(run_dir)
+    changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    assert changed == ({"agent.pt"} if file == "checkpoint.pt" else set())  # agent.pt is written before it
+    train(flags)
+    assert content(run_dir) == whole
+
+
+def flip(path, byte, bit=0):
+    """Flip one bit of a file; twice is not at all."""
+    with path.open("r+b") as file:
+        file.seek(byte)
+        flipped = file.read(1)[0] ^ 1 << bit
+        file.seek(byte)
+        file.write(bytes([flipped]))
+
+
+DAMAGE = {
+    "missing": os.remove,
+    "empty": lambda path: os.truncate(path, 0),
+    "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "last byte missing": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "flipped bit in an early tensor": lambda path: flip(path, path.stat().st_size // 7),
+    "flipped bit in a late tensor": lambda path: flip(path, path.stat().st_size * 6 // 7),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_checkpoint(run_dir, two_phases, capsys, damage):
+    """From a damaged checkpoint, --resume goes back to checkpoint.previous.pt, names it in one line, and ends as if
+    nothing had happened, with two good files; with both damaged it ends with exit status 2 and one line."""
+    DAMAGE[damage](run_dir / "checkpoint.pt")
+    status, errors = stopped(f"--resume {run_dir}", capsys)
+    assert status == 0 and len(errors) == 1 and "checkpoint.previous.pt" in errors[0]
+    assert content(run_dir) == content(two_phases)
+    DAMAGE[damage](run_dir / "checkpoint.pt")
+    assert ppg.load_checkpoint(run_dir)[0]["position"][:2] == (1, PHASE)
+    DAMAGE[damage](run_dir / "checkpoint.previous.pt")
+    assert_refused(f"--resume {run_dir}", "no checkpoint to load", capsys)
+
+
+def test_flipped_bits(two_phases, tmp_path):
+    """Any single flipped bit of a checkpoint is detected or changes nothing that is loaded: 200 at random of a real one,
+    half of them outside the tensors, and every one of a small one."""
+    path, rng = tmp_path / "checkpoint.pt", random.Random(1)
+
+    def check(flips):
+        undamaged = flat(ppg.load_checkpoint(tmp_path)[0])
+        for byte, bit in flips:
+            flip(path, byte, bit)
+            loaded, problems = ppg.load_checkpoint(tmp_path)
+            assert (loaded is None and problems) or flat(loaded) == undamaged, f"bit {bit} of byte {byte}"
+            flip(path, byte, bit)
+
+    size = os.path.getsize(shutil.copy(two_phases / "checkpoint.pt", path))
+    ranges = (0, 8192), (size - 16384, size), (0, size), (0, size)
+    check([(rng.randrange(*span), rng.randrange(8)) for span in ranges * 50])
+    ppg.save(path, {"position": (1, torch.arange(9))})
+    check([(byte, bit) for byte in range(os.path.getsize(path)) for bit in range(8)])
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_checkpoint_is_data(tmp_path):
+    """Code in a checkpoint or in agent.pt is refused and not run."""
+    for name in ("checkpoint.pt", "agent.pt"):
+        ppg.save(tmp_path / name, {"args": {}, "agent": {}, "position": Malicious(tmp_path / "code_was_run")})
+    data, problems = ppg.load_checkpoint(tmp_path)
+    assert data is None and problems[0].startswith("checkpoint.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        ppg.load_agent(tmp_path / "agent.pt")
+    assert not (tmp_path / "code_was_run").exists()
+
+
+OTHER_VERSIONS = {
+    "exp_name": lambda data: data["args"].pop("exp_name"),
+    "another_flag": lambda data: data["args"].update(another_flag=1),
+    "policy_head.weight": lambda data: data["learners"][0].update({"policy_head.weight": torch.zeros(9, 256)}),
+    "another_head.bias": lambda data: data["learners"][0].update({"another_head.bias": torch.zeros(9)}),
+    "value_head.bias": lambda data: data["learners"][0].pop("value_head.bias"),
+}
+
+
+@pytest.mark.parametrize("difference", OTHER_VERSIONS)
+def test_checkpoint_of_another_version(run_dir, capsys, difference):
+    """A checkpoint with other flags or parameters ends in exit status 2 and one line that names what differs."""
+    edit(run_dir / "checkpoint.pt", OTHER_VERSIONS[difference])
+    assert_refused(f"--resume {run_dir}", f"['{difference}']", capsys)
+
+
+CONTRADICTIONS = (
+    "--env-id maze|--distribution-mode hard|--num-levels 5|--num-envs 4|--num-steps 16|--seed 2|--arch dual"
+    "|--detach-value never|--learning-rate 1e-4|--gamma 0.9|--num-minibatches 1|--clip-coef 0|--n-pi 1|--e-aux 0"
+    "|--num-aux-minibatches 1|--precision fp32|--compile|--exp-name other|--run-dir elsewhere"
+)
+
+
+@pytest.mark.parametrize("flag", CONTRADICTIONS.split("|"))
+def test_contradicting_flag(two_phases, capsys, flag):
+    """A typed flag that contradicts the checkpoint ends in exit status 2 and one line that names it."""
+    with pytest.raises(SystemExit) as stop:
+        ppg.parse_args(shlex.split(f"--resume {two_phases} {flag}"))
+    errors = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(errors) == 1 and f"{flag.split()[0]} " in errors[0]
+
+
+def test_flags_that_may_be_given_again(two_phases):
+    """With --resume, all flags may be given again with equal values, and the run's length and its checkpoints may
+    change."""
+    same = f"--resume {two_phases} --run-dir {two_phases} {SMALL} --learning-rate 0.0005"
+    args = ppg.parse_args(shlex.split(f"{same} --total-timesteps 999 --checkpoint-every 3"))
+    assert (args.total_timesteps, args.checkpoint_every, args.num_envs, args.n_pi) == (999, 3, 2, 2)
+    args = ppg.parse_args(shlex.split(f"--resume {two_phases}"))
+    assert (args.total_timesteps, args.checkpoint_every, args.env_id, args.n_pi) == (2 * PHASE, 1, "chaser", 2)
+
+
+def test_complete_run(run_dir, capsys):
+    """Resuming a run that is complete says so and changes neither its checkpoints nor its weights."""
+    before = files(run_dir)
+    capsys.readouterr()
+    train(f"--resume {run_dir}")
+    out, err = capsys.readouterr()
+    assert "complete" in out and err == "" and files(run_dir) == before
+
+
+def test_fresh_run_into_a_used_directory(two_phases, capsys):
+    """A fresh run into a directory that holds one ends in exit status 2 and one line with the flag that resumes it."""
+    assert_refused(f"{SMALL} --total-timesteps 32 --run-dir {two_phases}", f"--resume {two_phases}", capsys)
+
+
+@pytest.mark.parametrize("phases, every, saved", [(4, 2, (4, 2)), (5, 2, (5, 4)), (5, 3, (5, 3))])
+def test_checkpoint_every(tmp_path, phases, every, saved):
+    """--checkpoint-every K writes a checkpoint at every K-th phase boundary and at the end."""
+    total = f"--checkpoint-every {every} --total-timesteps {phases * 8}"
+    train(f"{SMALL} --num-steps 4 --n-pi 1 --run-dir {tmp_path} {total}")
+    assert tuple(position(tmp_path / f"checkpoint.{name}")[0] for name in ("pt", "previous.pt")) == saved
+
+
+def test_no_checkpoints(tmp_path, capsys):
+    """--checkpoint-every 0 writes none, and --resume then ends in exit status 2 and one line."""
+    train(f"{SMALL} --run-dir {tmp_path} --checkpoint-every 0 --total-timesteps {PHASE}")
+    assert list(files(tmp_path)) == ["agent.pt"]
+    assert_refused(f"--resume {tmp_path}", "no checkpoint", capsys)
+
+
+# -------------------------------------------------------------------------------------- other environments, other numbers
+
+
+class Noise(gym.vector.VectorEnv):
+    """Images of noise, always the same reward, no end of episodes; its state cannot be saved."""
+
+    def __init__(self, args, reward=1.0):
+        images = gym.spaces.Box(0, 255, (16, 16, 3), np.uint8)
+        super().__init__(args.num_envs, images, gym.spaces.Discrete(15))
+        self.random, self.reward = np.random.default_rng(args.seed), reward
+
+    def reset_wait(self, seed=None, options=None):
+        return self.random.integers(0, 256, (self.num_envs, 16, 16, 3), dtype=np.uint8), {}
+
+    def step_async(self, actions):
+        pass
+
+    def step_wait(self):
+        going_on = np.zeros(self.num_envs, dtype=bool)
+        return self.reset_wait()[0], np.full(self.num_envs, self.reward, np.float32), going_on, going_on, {}
+
+
+def test_environment_that_cannot_be_saved(tmp_path, monkeypatch, capsys):
+    """An environment without get_state can be resumed; one line on stderr says that its episodes begin anew, and they
+    do: the sums of rewards and the lengths of those under way start at zero."""
+    monkeypatch.setattr(ppg, "make_envs", Noise)
+    train(f"{SMALL} --run-dir {tmp_path} --total-timesteps {PHASE}")
+    capsys.readouterr()
+    status, errors = stopped(f"--resume {tmp_path} --total-timesteps {2 * PHASE}", capsys)
+    assert status == 0 and len(errors) == 1 and "begin anew" in errors[0]
+    episodes, normalizer = ppg.load_checkpoint(tmp_path)[0]["statistics"]
+    assert episodes["lengths"].tolist() == [16, 16] and episodes["returns"].tolist() == [16.0, 16.0]
+    assert normalizer["discounted"].tolist() == pytest.approx([sum(0.99**t for t in range(16))] * 2)
+
+
+@pytest.mark.parametrize("reward", [np.nan, np.inf, -np.inf])
+def test_reward_that_is_not_finite(tmp_path, monkeypatch, capsys, reward):
+    """A reward that is no number ends the run with exit status 1 and one line that names the return, the phase and the
+    step; the checkpoint and the weights stay those of the phase before."""
+    monkeypatch.setattr(ppg, "make_envs", Noise)
+    train(f"{SMALL} --run-dir {tmp_path} --total-timesteps {PHASE}")
+    before = files(tmp_path)
+    capsys.readouterr()
+    monkeypatch.setattr(ppg, "make_envs", partial(Noise, reward=reward))
+    status, (_, error) = stopped(f"--resume {tmp_path} --total-timesteps {2 * PHASE}", capsys)
+    assert status == 1 and "return (V^targ) is not finite in phase 2, policy phase, step 48" in error
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "optimizer, flags, last, problem",
+    [
+        (1, {}, 96, "losses/policy_loss is not finite in phase 3, policy phase, step 80"),
+        (2, {}, 96, "losses/aux/kl_loss is not finite in phase 3, auxiliary phase, step 96"),
+        (1, {"num_minibatches": 1, "e_aux": 0, "n_pi": 1}, 48, r"policy_encoder\S+ is not finite in phase 3, step 80"),
+    ],
+)
+def test_huge_learning_rate(run_dir, capsys, optimizer, flags, last, problem):
+    """A learning rate that is too large ends the run with exit status 1 and one line that names the loss or parameter
+    that is no number, the phase and the step; the checkpoint and the weights stay those of the phase before."""
+
+    def change(data):
+        data["learners"][optimizer]["param_groups"][0]["lr"] = 1e39
+        data["args"].update(flags)
+
+    edit(run_dir / "checkpoint.pt", change)
+    before = files(run_dir)
+    status, errors = stopped(f"--resume {run_dir} --total-timesteps {last}", capsys)
+    assert status == 1 and len(errors) == 1 and re.search(problem, errors[0])
+    assert files(run_dir) == before
+
+
+# --------------------------------------------------------------------------------------------------------- torch.compile
+
+
+def test_compiled_steps_equal_eager_ones():
+    """Compiled, the rollout's step and both phases' losses give the numbers and gradients of the eager ones."""
+    torch.manual_seed(1)
+    agent, size = ppg.Agent((16, 16, 3), 15, "shared"), 16
+    obs, targets = torch.randint(0, 256, (size, 16, 16, 3), dtype=torch.uint8), torch.randn(size)
+    policy_batch = obs, torch.randint(0, 15, (size,)), torch.randn(size) - 3, torch.randn(size), targets
+    results, all_steps = [], []
+    for flag in ("--no-compile", "--compile"):
+        args = ppg.parse_args([flag])
+        act, policy_step, auxiliary_step = all_steps[len(all_steps) :] = ppg.steps_for(args, torch.device("cpu"))
+        actions, logprobs, values = act(agent, obs)
+        expected = F.log_softmax(agent(obs)[0], -1).gather(-1, actions[:, None]).squeeze(-1)
+        results.append([logprobs - expected, values])
+        for loss, parts in (
+            policy_step(agent, args, False, True, True, policy_batch),
+            auxiliary_step(agent, args, False, (obs, torch.randn(size, 15, generator=torch.manual_seed(2)), targets)),
+        ):
+            agent.zero_grad()
+            loss.backward()
+            results[-1] += [loss, parts, *(p.grad for p in agent.parameters() if p.grad is not None)]
+    assert len(set(all_steps)) == 6
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-5)
+
+
+def test_no_compiler(tmp_path):
+    """Where torch.compile finds no compiler, --compile says so in one line and the run goes to its end without."""
+    missing = {"CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    flags = f"{SMALL} --compile --run-dir {tmp_path / 'run'} --total-timesteps {PHASE}"
+    status, errors = finish(start(flags, env={**os.environ, **missing}))
+    assert status == 0 and len(errors) == 1 and "torch.compile" in errors[0]
+    assert position(tmp_path / "run" / "checkpoint.pt") == (1, PHASE)
 
 
 # ---------------------------------------------------------------------------------------------------------------- README
