@@ -917,8 +917,9 @@ def validate(args, typed):
         check(0 < getattr(args, name) <= 1, name, "must be more than 0 and at most 1")
     check(0 <= args.gae_lambda <= 1, "gae_lambda", "must be between 0 and 1")
     for name in ("num_minibatches", "num_aux_minibatches")[: 2 if args.e_aux else 1]:
-        fitting = math.gcd(args.num_envs, getattr(args, name))
-        check(fitting == getattr(args, name), name, f"must divide --num-envs {args.num_envs}; {fitting} does")
+        fitting = [n for n in range(1, min(getattr(args, name), args.num_envs) + 1) if args.num_envs % n == 0]
+        hint = f"must divide --num-envs {args.num_envs}, as {', '.join(map(str, fitting))} would"
+        check(getattr(args, name) == fitting[-1], name, hint)
     rollout = args.num_envs * args.num_steps
     check(args.total_timesteps >= rollout, "total_timesteps", f"less than one rollout, which is {rollout} steps")
     check(args.arch == "shared" or "detach_value" not in typed, "detach_value", "only for --arch shared")
