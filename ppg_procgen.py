@@ -453,7 +453,7 @@ def train_minibatch(optimizer, loss_of, data, rows, chunk_size, device):
 
 def train(args):
     """Algorithm 1 of the paper -> the trained Agent. Writes TensorBoard files and agent.pt into the run directory."""
-    for seed in (random.seed, np.random.seed, torch.manual_seed):
+    for seed in (random.seed, np.random.seed, torch.manual_seed):  # the first two for environments that draw from them
         seed(args.seed)
     device, policy_bf16, aux_bf16 = choose_device(args)
     envs = make_envs(args)
@@ -465,7 +465,8 @@ def train(args):
     aux_optimizer = torch.optim.Adam(agent.parameters(), lr=args.aux_learning_rate, fused=True)
     act_step, policy_step, aux_step = steps_for(args, device)
 
-    # The phase buffer B of S segments, filled in place by the rollouts. Without auxiliary phase it keeps one rollout.
+    # The phase buffer (Algorithm 1's B) of S segments, filled in place by the rollouts; without auxiliary phases it
+    # keeps one rollout.
     S = N * (args.n_pi if has_aux_phase else 1)
     phase_obs = allocate_observations((S, T, *image), N, device)
     phase_targets = torch.zeros(S, T, device=device)
@@ -518,7 +519,7 @@ def train(args):
             advantages, targets = compute_gae(scaled_rewards, values_on_host, dones, args.gamma, args.gae_lambda)
             unexplained = (targets - values_on_host[:, :-1]).var() / targets.var()
             advantages = ((advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)).to(device)
-            phase_targets[segments] = targets.to(device)  # B += (s, V^targ); s is in place already
+            phase_targets[segments] = targets.to(device)  # buffer += (s, V^targ); s is in place already
 
             # E_pi epochs of -L^clip - beta_S * entropy w.r.t. theta_pi, E_V epochs of L^value w.r.t. theta_V.
             # A loss takes part while its own epochs last; then its network gets no gradient, and Adam does not step it.
@@ -548,7 +549,7 @@ def train(args):
 
         if has_aux_phase and iteration == phase * args.n_pi:
             # ---- Auxiliary phase (Alg. 1), with an Adam of its own, as in the official code ----
-            # pi_old(.|s) for all of B, in the precision and the chunks of the epochs: their first KL is exactly 0.
+            # pi_old(.|s) for the whole buffer, in the epochs' precision and chunks: their first KL is exactly 0.
             aux_size = N // args.num_aux_minibatches  # segments in a minibatch; chunks divide it evenly
             aux_chunk_size = max(n for n in range(1, chunk_size + 1) if aux_size % n == 0)
             chunks = (range(row, row + aux_chunk_size) for row in range(0, S, aux_chunk_size))
@@ -663,8 +664,14 @@ class Progress:
         if not self.phases:
             print(f"{run_dir} is complete at step {self.first:,}: a larger --total-timesteps extends it", flush=True)
             return
-        wall, (steps, seconds) = time.perf_counter() - self.start, np.sum(self.phases[1:] or self.phases, axis=0)
-        rate = f"{steps / seconds:,.0f} steps/s over {'all phases after the first' if self.phases[1:] else 'one phase'}"
+        wall = time.perf_counter() - self.start
+        later = [
+            phase for phase in self.phases[1:] if phase[0] == self.phases[0][0]
+        ]  # a partial one has no auxiliary phase
+        steps, seconds = np.sum(later or self.phases[:1], axis=0)
+        rate = (
+            f"{steps / seconds:,.0f} steps/s over {'all whole phases after the first' if later else 'the first phase'}"
+        )
         shares = ", ".join(f"{part.replace('_', ' ')} {t / wall:.0%}" for part, t in self.seconds.items())
         print(f"done in {duration(wall)} | {rate} | {shares} | {run_dir}/agent.pt", flush=True)
 
@@ -695,7 +702,7 @@ def open_run_dir(args):
 
 
 def save(path, data, previous=None):
-    """torch.save and a checksum; at every instant `path`, or `previous`, which inherits its content, is complete."""
+    """Write data and checksum to a new file, then rename: `path` (old: `previous`) is complete at every instant."""
     torch.save(data, buffer := io.BytesIO())  # by way of a buffer: torch turns a full disk into an internal error
     unfinished = path.with_suffix(".partial")
     try:
@@ -738,7 +745,7 @@ def save_checkpoint(args, device, learners, statistics, envs, next_obs, phase, g
 
 
 def load_checkpoint(run_dir):
-    """-> the newest checkpoint that is complete and undamaged, None if none is; what is wrong with those before it."""
+    """-> the newest undamaged checkpoint's content (None if there is none), and what is wrong with any newer file."""
     problems = []
     for path in (Path(run_dir, "checkpoint.pt"), Path(run_dir, "checkpoint.previous.pt")):
         try:
@@ -796,8 +803,10 @@ def restore(args, device, learners, statistics, envs, next_obs):
 def stop(args, reason, status):
     """End at once and say what is saved. No clean-up: at every instant a complete checkpoint is on disk."""
     data = load_checkpoint(args.run_dir)[0] if args.run_dir else None
-    command = f"continue with: python ppg_procgen.py --resume {shlex.quote(str(args.run_dir))}"
-    saved = f"saved up to step {data['position'][1]:,}; {command}" if data else "nothing is saved to resume from"
+    command = shlex.join([sys.executable, sys.argv[0], "--resume", str(args.run_dir)])
+    saved = (
+        f"saved up to step {data['position'][1]:,}; continue with: {command}" if data else "nothing to resume is saved"
+    )
     os.write(2, f"\nppg_procgen.py: {reason}: {saved}\n".encode())
     os._exit(status)
 
@@ -831,7 +840,7 @@ def choose_device(args):
 
 
 def steps_for(args, device):
-    """act, policy_phase_loss, auxiliary_phase_loss: the one place that rebinds them, compiled and on CUDA as graphs."""
+    """-> act, policy_phase_loss, auxiliary_phase_loss: as they are, or compiled, on CUDA into CUDA graphs."""
     steps = act, policy_phase_loss, auxiliary_phase_loss
     if not (device.type == "cuda" if args.compile is None else args.compile):
         return steps
