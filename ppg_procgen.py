@@ -5,8 +5,25 @@
     python ppg_procgen.py --resume RUN_DIR                          # continue a run that was stopped
 
 Paper: Cobbe, Hilton, Klimov, Schulman 2020, "Phasic Policy Gradient", arXiv:2009.04416. "Official" below is the
-authors' code, github.com/openai/phasic-policy-gradient at commit 7295473. Algorithm 1 of the paper is `train`. The file
-goes flags, networks, environments, math, training; after that comes the plumbing that keeps a run alive.
+authors' code, github.com/openai/phasic-policy-gradient at commit 7295473. Its Algorithm 1 is `train`. In brief:
+
+    for each phase:
+        for N_pi iterations:                                                                  the policy phase
+            roll out the policy; advantages A and value targets V^targ by GAE
+            E_pi epochs on L^clip + beta_S * entropy  w.r.t. theta_pi
+            E_V epochs on L^value = 1/2 (V - V^targ)^2  w.r.t. theta_V
+            buffer += (s, V^targ)
+        pi_old <- pi on every s of the buffer                                                 the auxiliary phase
+        E_aux epochs on L^joint = 1/2 (V_aux - V^targ)^2 + beta_clone * KL[pi_old, pi]  w.r.t. theta_pi
+                    and on L^value  w.r.t. theta_V
+
+Why: what the value function learns about a state serves the policy too, but trained together the two losses pull at
+the same features and must reuse samples equally often, though the policy does best with about one pass over them and
+the value function, a regression, profits from more (paper, "Policy Sample Reuse", "Value Sample Reuse"). So the policy
+phase keeps them apart, and the auxiliary phase brings the value function's features into the policy network, in several
+epochs, while the KL term holds what pi does.
+
+The file goes flags, networks, environments, math, training; after that comes the plumbing that keeps a run alive.
 
 Where this file departs from the official code, or the paper is silent:
 1. A single network (--arch shared) detaches its value head from the features in the policy phase only; the auxiliary
@@ -134,9 +151,7 @@ def parse_args(argv=None):
     flag("--aux-learning-rate", type=float, default=5e-4, help="Adam's step size, auxiliary phase (paper: 5e-4)")
     # machine and output
     flag("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto = cuda where there is one")
-    precision = (
-        "fp32, bf16: everywhere; auto = fp32 (CUDA: TF32) in the policy phase, bf16 in the auxiliary one if in hardware"
-    )
+    precision = "fp32, bf16: everywhere; auto = bf16 in the auxiliary phase only, where the hardware has it"
     flag("--precision", default="auto", choices=("auto", "fp32", "bf16"), help=precision)
     compiled = "run the rollout's and both training steps through torch.compile (None = on for CUDA)"
     flag("--compile", action=argparse.BooleanOptionalAction, help=compiled)
@@ -157,7 +172,11 @@ def parse_args(argv=None):
 
 
 def normed(layer, norm):
-    """Scale each output row or filter of a layer to this L2 norm, biases to 0 (official torch_util.py)."""
+    """Scale each output row or filter of a layer to this L2 norm, biases to 0 (official torch_util.py).
+
+    Whatever its number of inputs, a layer then begins at a chosen scale; a head's 0.1 makes the first policy nearly
+    uniform and the first values nearly 0.
+    """
     with torch.no_grad():
         layer.weight *= norm / layer.weight.flatten(1).norm(dim=1).view(-1, *[1] * (layer.weight.dim() - 1))
         layer.bias.zero_()
@@ -305,7 +324,9 @@ class EpisodeStatistics:
 class RewardNormalizer:
     """Divides rewards by the running standard deviation of the discounted return, then clips them to +-10.
 
-    The moments take in the whole rollout before it is divided (official reward_normalizer.py, RewardNormalizer).
+    One learning rate then serves games whose scores differ by a factor of ten. The mean is not subtracted: a reward for
+    each step lived changes what is best. The moments take in the whole rollout before it is divided (official
+    reward_normalizer.py, RewardNormalizer).
     """
 
     def __init__(self, num_envs, gamma):
@@ -331,7 +352,11 @@ class RewardNormalizer:
 
 
 def compute_gae(rewards, values, dones, gamma, gae_lambda):
-    """Generalised advantage estimation (arXiv:1506.02438).
+    """Generalised advantage estimation (arXiv:1506.02438): A_t = sum over l of (gamma lambda)^l delta_{t+l}.
+
+    delta_t = r_t + gamma V_{t+1} - V_t is how much better step t went than V had said. lambda 0 trusts V, and inherits
+    its errors; lambda 1 trusts the rewards that followed, and inherits their noise. The sum ends with the episode or
+    the rollout; from the back it is one product a step.
 
     rewards, dones [N, T], values [N, T+1]; dones[:, t] says that step t ended an episode, so that values[:, t+1] is of
     the next one and does not count. -> advantages [N, T], value targets V^targ = A + V [N, T].
@@ -363,7 +388,10 @@ def value_loss(values, targets):
 
 
 def kl_divergence(old_logits, new_logits):
-    """KL[pi_old, pi] over all actions in nats, mean over the batch; logits [B, A] -> scalar, exactly 0 if equal."""
+    """KL[pi_old, pi] over all actions in nats, mean over the batch; logits [B, A] -> scalar, exactly 0 if equal.
+
+    In this direction pi pays for every action that pi_old took and it would not: the loss of behavioural cloning.
+    """
     old, new = F.log_softmax(old_logits, dim=-1), F.log_softmax(new_logits, dim=-1)
     return (old.exp() * (old - new)).sum(-1).mean()
 
@@ -407,7 +435,8 @@ def auxiliary_phase_loss(agent, args, bf16, batch):
     """Losses of Algorithm 1's auxiliary phase, L^joint + L^value, on a flat batch (obs, pi_old's logits, targets).
 
     -> loss, its parts [3]: KL, auxiliary value loss, true value loss. The auxiliary value loss is what brings the value
-    function's features into the policy network; behavioural cloning, the KL term, holds its behaviour in place.
+    function's features into the policy network; behavioural cloning, the KL term, holds its behaviour in place. The
+    auxiliary values are used for nothing else. L^value trains V on all that the phase saw while the data is at hand.
     """
     obs, old_logits, targets = batch
     logits, aux_values, values = agent(obs, bf16, detach_value=args.detach_value == "always")
@@ -420,7 +449,8 @@ def auxiliary_phase_loss(agent, args, bf16, batch):
 def minibatches(num_segments, size, epochs):
     """Yield (epoch, rows) with `size` segment indices each: every epoch a new permutation of all segments.
 
-    Whole segments, not single transitions, as in the official code, whose loader splits the environment axis.
+    Whole segments, not single transitions, as in the official code, whose loader splits the environment axis: they lie
+    together in memory, at the price that the steps of a minibatch are correlated.
     """
     for epoch in range(epochs):
         for rows in torch.randperm(num_segments).split(size):
@@ -432,18 +462,19 @@ def gather(rows, device, *tensors):
     return [torch.stack([x[row].to(device, non_blocking=True) for row in rows]).flatten(0, 1) for x in tensors]
 
 
-def train_minibatch(optimizer, loss_of, data, rows, chunk_size, device):
-    """One optimizer step on segments `rows` of the data ([S, T, ...] tensors); loss_of(batch) -> loss, parts. -> parts.
+def train_minibatch(optimizer, loss_of, batch, chunk_size):
+    """One optimizer step on a flat batch of tensors [B, ...]; loss_of(chunk of the batch) -> loss, parts. -> parts.
 
-    The minibatch goes through in chunks of segments, for memory; their gradients add up to that of the whole.
+    The batch goes through in chunks of chunk_size, for memory; their gradients add up to that of the whole.
     A parameter that no loss reaches keeps grad None, so that Adam leaves it alone; at a zero gradient it would move it.
     """
     optimizer.zero_grad()
     mean_parts = 0.0
-    for chunk in (rows[i : i + chunk_size] for i in range(0, len(rows), chunk_size)):
-        loss, parts = loss_of(gather(chunk, device, *data))
-        (loss * (len(chunk) / len(rows))).backward()
-        mean_parts += parts * (len(chunk) / len(rows))
+    for chunk in zip(*(tensor.split(chunk_size) for tensor in batch), strict=True):
+        share = len(chunk[0]) / len(batch[0])
+        loss, parts = loss_of(chunk)
+        (loss * share).backward()
+        mean_parts += parts * share
     optimizer.step()
     return mean_parts
 
@@ -465,17 +496,17 @@ def train(args):
     aux_optimizer = torch.optim.Adam(agent.parameters(), lr=args.aux_learning_rate, fused=True)
     act_step, policy_step, aux_step = steps_for(args, device)
 
-    # The phase buffer (Algorithm 1's B) of S segments, filled in place by the rollouts; without auxiliary phases it
-    # keeps one rollout.
+    # The phase buffer (Algorithm 1's B) of S segments, filled in place by the rollouts. uint8 images, a quarter of what
+    # floats would take, are turned into floats a batch at a time. Without auxiliary phases it keeps one rollout.
     S = N * (args.n_pi if has_aux_phase else 1)
     phase_obs = allocate_observations((S, T, *image), N, device)
     phase_targets = torch.zeros(S, T, device=device)
     actions = torch.zeros(N, T, dtype=torch.int64, device=device)
     logprobs, values = torch.zeros(N, T, device=device), torch.zeros(N, T + 1, device=device)
     rewards, dones = torch.zeros(N, T), torch.zeros(N, T)  # on the host, like all that environments give
-    # Segments per pass through the network. A GPU takes whole minibatches; on a CPU, 256 observations at a time are
-    # within 3 % of the fastest and keep the activations small.
-    chunk_size = S if device.type == "cuda" else max(1, 256 // T)
+    # Observations per pass through the networks. A GPU takes whole minibatches; on a CPU, 256 at a time are within 3 %
+    # of the fastest and keep the activations small.
+    chunk_size = S * T if device.type == "cuda" else 256
 
     lock = open_run_dir(args)
     announce(args, agent, phase_obs, device, policy_bf16, aux_bf16)
@@ -513,7 +544,8 @@ def train(args):
             global_step, iteration = global_step + N * T, iteration + 1
             rollout_seconds = progress.lap("rollout")
 
-            # V^targ, A <- GAE, on the host: T small operations in a row. A is normalised over the full batch.
+            # V^targ, A <- GAE, on the host: T small operations in a row. A is normalised over the full batch, not over
+            # each minibatch: an update must not depend on which segments it was drawn with.
             values_on_host = values.cpu()
             scaled_rewards = normalize(rewards, dones)
             advantages, targets = compute_gae(scaled_rewards, values_on_host, dones, args.gamma, args.gae_lambda)
@@ -526,7 +558,7 @@ def train(args):
             parts, data = torch.zeros(5, device=device), (obs, actions, logprobs, advantages, phase_targets[segments])
             for epoch, rows in minibatches(N, N // args.num_minibatches, max(args.e_pi, args.e_v)):
                 loss_of = partial(policy_step, agent, args, policy_bf16, epoch < args.e_pi, epoch < args.e_v)
-                parts += train_minibatch(optimizer, loss_of, data, rows, chunk_size, device)
+                parts += train_minibatch(optimizer, loss_of, gather(rows, device, *data), chunk_size)
             parts = (parts / args.num_minibatches).tolist()  # sync: one an iteration
             policy_seconds = progress.lap("policy_phase")
 
@@ -549,24 +581,24 @@ def train(args):
 
         if has_aux_phase and iteration == phase * args.n_pi:
             # ---- Auxiliary phase (Alg. 1), with an Adam of its own, as in the official code ----
-            # pi_old(.|s) for the whole buffer, in the epochs' precision and chunks: their first KL is exactly 0.
-            aux_size = N // args.num_aux_minibatches  # segments in a minibatch; chunks divide it evenly
-            aux_chunk_size = max(n for n in range(1, chunk_size + 1) if aux_size % n == 0)
-            chunks = (range(row, row + aux_chunk_size) for row in range(0, S, aux_chunk_size))
+            # pi_old(.|s) for the whole buffer, in the epochs' precision and batch sizes: their first KL is exactly 0
+            # (or 1e-10, where the last chunk of a minibatch is shorter and rounds in its own way).
+            aux_size = N // args.num_aux_minibatches  # segments in a minibatch
+            batches = (phase_obs[row : row + aux_size].flatten(0, 1).to(device) for row in range(0, S, aux_size))
+            chunks = (chunk for batch in batches for chunk in batch.split(chunk_size))
             with torch.no_grad():
-                old_logits = [agent(*gather(rows, device, phase_obs), aux_bf16, value=False)[0] for rows in chunks]
+                old_logits = [agent(chunk, aux_bf16, value=False)[0] for chunk in chunks]
             data = phase_obs, torch.cat(old_logits).view(S, T, -1), phase_targets
 
-            # E_aux epochs of L^joint w.r.t. theta_pi and L^value w.r.t. theta_V.
+            # E_aux epochs of L^joint w.r.t. theta_pi and L^value w.r.t. theta_V; V^targ stays what the rollouts gave.
             parts, steps_per_epoch = torch.zeros(args.e_aux, 3, device=device), S // aux_size
             loss_of = partial(aux_step, agent, args, aux_bf16)
             for k, (epoch, rows) in enumerate(minibatches(S, aux_size, args.e_aux)):
-                parts[epoch] += train_minibatch(aux_optimizer, loss_of, data, rows, aux_chunk_size, device)
+                parts[epoch] += train_minibatch(aux_optimizer, loss_of, gather(rows, device, *data), chunk_size)
                 progress.print_auxiliary(phase, epoch, k % steps_per_epoch + 1, steps_per_epoch, parts)
             last_epoch = (parts[-1] / steps_per_epoch).tolist()
-            scalars = dict(zip(AUX_TAGS, last_epoch, strict=True)) | {
-                "time/auxiliary_phase": progress.lap("auxiliary_phase")
-            }
+            scalars = dict(zip(AUX_TAGS, last_epoch, strict=True))
+            scalars["time/auxiliary_phase"] = progress.lap("auxiliary_phase")
             check_finite(scalars, f"phase {phase}, auxiliary phase, step {global_step}")
             for name, value in scalars.items():
                 writer.add_scalar(name, value, global_step)
@@ -644,8 +676,9 @@ class Progress:
 
     def print_iteration(self, step, scalars, episodes):
         rate, recent = self.rate(step), f"{np.mean(episodes.recent):.2f}" if episodes.recent else "-"
+        seconds = (self.total - self.phase_step) / rate - (time.perf_counter() - self.phase_start)
         # how long an auxiliary phase takes is not known before the first is over
-        left = duration((self.total - step) / rate) if self.phases or not self.has_aux_phase else "?"
+        left = duration(max(0, seconds)) if self.phases or not self.has_aux_phase else "?"
         kl, ev = scalars["losses/approx_kl"], scalars["losses/explained_variance"]
         line = f"step {step:,}/{self.total:,} {step / self.total:.1%} | return {recent} (n={len(episodes.ended)})"
         print(f"{line} | kl {kl:.4f} | ev {ev:.2f} | {rate:,.0f} steps/s | left {left}", flush=True)
@@ -665,15 +698,12 @@ class Progress:
             print(f"{run_dir} is complete at step {self.first:,}: a larger --total-timesteps extends it", flush=True)
             return
         wall = time.perf_counter() - self.start
-        later = [
-            phase for phase in self.phases[1:] if phase[0] == self.phases[0][0]
-        ]  # a partial one has no auxiliary phase
-        steps, seconds = np.sum(later or self.phases[:1], axis=0)
-        rate = (
-            f"{steps / seconds:,.0f} steps/s over {'all whole phases after the first' if later else 'the first phase'}"
-        )
+        whole = [phase for phase in self.phases if phase[0] == self.phases[0][0]]  # the last may be cut short
+        steps, seconds = np.sum(whole[1:] or whole, axis=0)
+        counted = "all whole phases after the first" if whole[1:] else "the first phase"
         shares = ", ".join(f"{part.replace('_', ' ')} {t / wall:.0%}" for part, t in self.seconds.items())
-        print(f"done in {duration(wall)} | {rate} | {shares} | {run_dir}/agent.pt", flush=True)
+        line = f"done in {duration(wall)} | {steps / seconds:,.0f} steps/s over {counted} | {shares}"
+        print(f"{line} | {run_dir}/agent.pt", flush=True)
 
 
 # ------------------------------------------------------------------------------------------ plumbing: files and signals
@@ -691,29 +721,21 @@ def open_run_dir(args):
         fail(f"another process is running in {run_dir}: choose another --run-dir")
     except OSError as error:
         fail(f"cannot write into the run directory {run_dir}: {error.strerror}")
-    held = sorted(file.name for file in run_dir.glob("*.pt"))
-    if held and not args.resume:
-        advice = (
-            f"continue it with --resume {shlex.quote(str(run_dir))}, or " if held[-1].startswith("checkpoint") else ""
-        )
-        fail(f"{run_dir} already holds a run ({held[0]}): {advice}choose another --run-dir")
     args.run_dir = str(run_dir)
+    if any(run_dir.glob("*.pt")) and not args.resume:
+        advice = f"continue it with --resume {shlex.quote(args.run_dir)}, or choose another --run-dir"
+        fail(f"{run_dir} already holds a run: {advice}")
     return lock
 
 
 def save(path, data, previous=None):
     """Write data and checksum to a new file, then rename: `path` (old: `previous`) is complete at every instant."""
     torch.save(data, buffer := io.BytesIO())  # by way of a buffer: torch turns a full disk into an internal error
-    unfinished = path.with_suffix(".partial")
-    try:
-        with unfinished.open("wb") as file:
-            file.write(buffer.getbuffer())
-            file.write(hashlib.sha256(buffer.getbuffer()).digest())  # torch ignores it, and a flipped bit elsewhere too
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        unfinished.unlink(missing_ok=True)
-        raise
+    content, unfinished = buffer.getvalue(), path.with_suffix(".partial")
+    with unfinished.open("wb") as file:
+        file.write(content + hashlib.sha256(content).digest())  # torch ignores it, and a flipped bit elsewhere too
+        file.flush()
+        os.fsync(file.fileno())
     if previous and path.exists():
         os.replace(path, previous)
     os.replace(unfinished, path)
@@ -730,7 +752,7 @@ def load_agent(path, device="cpu"):
 
 def save_checkpoint(args, device, learners, statistics, envs, next_obs, phase, global_step):
     """All that a run is while its phase buffer is empty: tensors and plain values, so that weights_only can load it."""
-    numpy_name, numpy_keys, *numpy_rest = np.random.get_state()
+    name, keys, *rest = np.random.get_state()
     data = {
         "position": (phase, global_step, device.type),
         "args": {**vars(args), "resume": None},
@@ -739,7 +761,7 @@ def save_checkpoint(args, device, learners, statistics, envs, next_obs, phase, g
         "envs": envs.get_state() if hasattr(envs, "get_state") else None,
         "next_obs": torch.from_numpy(next_obs),
         "torch_random": (torch.get_rng_state(), torch.cuda.get_rng_state_all()),
-        "host_random": (random.getstate(), (numpy_name, numpy_keys.tolist(), *numpy_rest)),
+        "host_random": (random.getstate(), (name, keys.tolist(), *rest)),
     }
     save(Path(args.run_dir, "checkpoint.pt"), data, previous=Path(args.run_dir, "checkpoint.previous.pt"))
 
@@ -791,22 +813,22 @@ def restore(args, device, learners, statistics, envs, next_obs):
     torch.cuda.set_rng_state_all(data["torch_random"][1][: torch.cuda.device_count()])
     random.setstate(data["host_random"][0])
     np.random.set_state(data["host_random"][1])
-    if data["envs"] is not None:
+    if data["envs"] is None:
+        print("warning: these environments have no get_state; their episodes begin anew", file=sys.stderr)
+        for running_sum in (statistics[0].returns, statistics[0].lengths, statistics[1].discounted):
+            running_sum.zero_()
+    else:
         envs.set_state(data["envs"])
-        return phase, global_step, data["next_obs"].numpy()
-    print("warning: these environments have no get_state; their episodes begin anew", file=sys.stderr)
-    for running_sum in (statistics[0].returns, statistics[0].lengths, statistics[1].discounted):
-        running_sum.zero_()
+        next_obs = data["next_obs"].numpy()
     return phase, global_step, next_obs
 
 
 def stop(args, reason, status):
     """End at once and say what is saved. No clean-up: at every instant a complete checkpoint is on disk."""
-    data = load_checkpoint(args.run_dir)[0] if args.run_dir else None
-    command = shlex.join([sys.executable, sys.argv[0], "--resume", str(args.run_dir)])
-    saved = (
-        f"saved up to step {data['position'][1]:,}; continue with: {command}" if data else "nothing to resume is saved"
-    )
+    saved = "nothing to resume is saved"
+    if args.run_dir and (data := load_checkpoint(args.run_dir)[0]):
+        command = shlex.join([sys.executable, sys.argv[0], "--resume", args.run_dir])
+        saved = f"saved up to step {data['position'][1]:,}; continue with: {command}"
     os.write(2, f"\nppg_procgen.py: {reason}: {saved}\n".encode())
     os._exit(status)
 

@@ -89,22 +89,26 @@ def base(tmp_path_factory):
 
 @pytest.fixture
 def record(monkeypatch):
-    """Every call of train_minibatch by a run, after the real one: its arguments and the parameters that it left."""
-    calls, real = [], ppg.train_minibatch
+    """Every minibatch of a run: what was gathered into it, the optimizer, and the parameters that its step left."""
+    calls, real_gather, real_train = [], ppg.gather, ppg.train_minibatch
 
-    def recording(optimizer, loss_of, data, rows, chunk_size, device):
-        parts = real(optimizer, loss_of, data, rows, chunk_size, device)
+    def recording_gather(rows, device, *data):
+        calls.append({"rows": rows, "data": data, "obs": data[0].clone(), "targets": data[-1].clone()})
+        return real_gather(rows, device, *data)
+
+    def recording_train(optimizer, *rest):
+        parts = real_train(optimizer, *rest)
         weights = [p.detach().clone() for p in optimizer.param_groups[0]["params"]]
-        calls.append({"optimizer": optimizer, "rows": rows, "data": data, "obs": data[0].clone(), "weights": weights})
-        calls[-1]["targets"] = data[-1].clone()
+        calls[-1] |= {"optimizer": optimizer, "weights": weights}
         return parts
 
-    monkeypatch.setattr(ppg, "train_minibatch", recording)
+    monkeypatch.setattr(ppg, "gather", recording_gather)
+    monkeypatch.setattr(ppg, "train_minibatch", recording_train)
     return calls
 
 
 class Quadrants(gym.vector.VectorEnv):
-    """The bright quadrant names the right action of 4, each second step pays for the one before it; 4 steps an episode."""
+    """The bright quadrant names the right action of 4, each 2nd step pays for the one before; 4 steps an episode."""
 
     best_return = 2
 
@@ -184,7 +188,7 @@ def test_policy_loss_by_hand(clip_coef, kl_coef, loss, gradient):
 
 
 def test_losses_are_those_of_the_paper():
-    """Policy phase: -L^clip - beta_S * entropy + L^value; auxiliary phase: L^aux + beta_clone * KL[pi_old, pi] + L^value."""
+    """Policy phase: -L^clip - beta_S * entropy + L^value; auxiliary: L^aux + beta_clone * KL[pi_old, pi] + L^value."""
     torch.manual_seed(0)
     args = ppg.parse_args(["--ent-coef", "0.3", "--beta-clone", "0.7", "--clip-coef", "0.1"])
     agent, obs = ppg.Agent((8, 8, 3), 5, "shared"), torch.randint(0, 256, (6, 8, 8, 3), dtype=torch.uint8)
@@ -224,7 +228,7 @@ def test_actions_follow_the_policy():
 
 
 def test_reward_normalizer_against_naive():
-    """Rewards are divided by the deviation of all discounted returns so far, this rollout's included, clipped to +-10."""
+    """Rewards are divided by the deviation of all discounted returns, this rollout's included, and clipped to +-10."""
     random = np.random.default_rng(0)
     normalize, seen, running, clipped = ppg.RewardNormalizer(3, 0.9), [], [0.0] * 3, 0
     for _ in range(4):
@@ -353,27 +357,24 @@ def test_policy_phase_leaves_the_rest_without_gradient(arch, detach_value, losse
     assert with_gradient == set(trained.split())
 
 
-@pytest.mark.parametrize("chunk_size", [1, 2, 3])
+@pytest.mark.parametrize("chunk_size", [1, 6, 10, 19])
 def test_chunks_add_up_to_the_minibatch(chunk_size):
     """Processing a minibatch in chunks, a shorter last one too, gives the gradient and losses of the whole."""
     torch.manual_seed(0)
     args, agent = ppg.parse_args(["--arch", "shared"]), ppg.Agent((8, 8, 3), 5, "shared")
-    data = torch.randint(0, 256, (6, 4, 8, 8, 3), dtype=torch.uint8), torch.randn(6, 4, 5), torch.randn(6, 4)
+    batch = torch.randint(0, 256, (20, 8, 8, 3), dtype=torch.uint8), torch.randn(20, 5), torch.randn(20)
     optimizer = torch.optim.SGD(agent.parameters(), lr=0)
-    for p in agent.parameters():
-        p.grad = torch.ones_like(p)  # left over from before: must not count
 
     def gradients(size):
         loss_of = ppg.partial(ppg.auxiliary_phase_loss, agent, args, False)
-        parts = ppg.train_minibatch(optimizer, loss_of, data, [5, 0, 3, 1, 4], size, torch.device("cpu"))
+        parts = ppg.train_minibatch(optimizer, loss_of, batch, size)
         return parts, [p.grad.clone() for p in agent.parameters()]
 
-    torch.testing.assert_close(gradients(chunk_size), gradients(5), rtol=1e-4, atol=1e-6)
-    loss, parts = ppg.auxiliary_phase_loss(agent, args, False, [x[[5, 0, 3, 1, 4]].flatten(0, 1) for x in data])
-    optimizer.zero_grad()
+    loss, parts = ppg.auxiliary_phase_loss(agent, args, False, batch)
     loss.backward()
-    expected = parts, [p.grad for p in agent.parameters()]
-    torch.testing.assert_close(gradients(chunk_size), expected, rtol=1e-4, atol=1e-6)
+    expected = parts, [p.grad.clone() for p in agent.parameters()]
+    for size in (chunk_size, 20):  # each with the gradients before it left over, which must not count
+        torch.testing.assert_close(gradients(size), expected, rtol=1e-4, atol=1e-6)
 
 
 # --------------------------------------------------------------------------------------------------------- environments
@@ -384,7 +385,7 @@ def procgen(env_id="chaser", num_envs=4, mode="easy", num_levels=0, start_level=
 
 
 def test_vector_interface():
-    """Spaces and five values as gym 0.26 has them; terminated is Procgen's `first`, a reward is that of the step just made."""
+    """Spaces and five values as gym 0.26 has them; terminated is Procgen's `first`, a reward that of the step made."""
     envs = procgen("dodgeball", 8)
     plain = ppg.ProcgenGym3Env(
         num=8, env_name="dodgeball", distribution_mode="easy", num_levels=0, start_level=0, rand_seed=1, num_threads=1
@@ -457,10 +458,10 @@ def test_threads_do_not_matter():
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("arch", ["shared", "dual"])
 def test_first_kl_is_zero(tmp_path, arch, precision):
-    """Before the first auxiliary step pi is pi_old: KL is exactly 0, in chunks of 2 segments and any precision."""
-    flags = f"--arch {arch} --precision {precision} --num-steps 96 --total-timesteps 384 --num-aux-minibatches 1"
+    """Before the first auxiliary step pi is pi_old: KL is exactly 0, in two chunks and any precision."""
+    flags = f"--arch {arch} --precision {precision} --num-steps 128 --total-timesteps 512 --num-aux-minibatches 1"
     tiny(tmp_path, flags)  # 1 auxiliary epoch of 1 minibatch
-    assert scalars(tmp_path)["losses/aux/kl_loss"] == {384: 0.0}
+    assert scalars(tmp_path)["losses/aux/kl_loss"] == {512: 0.0}
 
 
 def test_beta_clone_keeps_the_policy(tmp_path):
@@ -537,10 +538,10 @@ def test_learning(tmp_path, monkeypatch, variant):
 
 # What the user sees change: the weights in the end, the steps that are logged, the first line, or the path.
 EFFECTS = {
-    "weights": "--env-id starpilot --distribution-mode hard --num-levels 1 --start-level 7 --seed 2 --detach-value never"
-    " --learning-rate 1e-3 --gamma 0.5 --gae-lambda 0.5 --reward-norm-gamma 0.5 --num-minibatches 4 --clip-coef 1e-4"
-    " --kl-coef 1 --ent-coef 0.1 --e-pi 2 --e-v 2 --e-aux 2 --beta-clone 5 --num-aux-minibatches 4"
-    " --aux-learning-rate 1e-3 --precision bf16",
+    "weights": "--env-id starpilot --distribution-mode hard --num-levels 1 --start-level 7 --seed 2"
+    " --detach-value never --learning-rate 1e-3 --gamma 0.5 --gae-lambda 0.5 --reward-norm-gamma 0.5"
+    " --num-minibatches 4 --clip-coef 1e-4 --kl-coef 1 --ent-coef 0.1 --e-pi 2 --e-v 2 --e-aux 2 --beta-clone 5"
+    " --num-aux-minibatches 4 --aux-learning-rate 1e-3 --precision bf16",
     "steps": "--num-envs 2 --num-steps 4 --total-timesteps 96 --n-pi 2",
     "header": "--arch dual --device cuda",
     "path": "--exp-name mine --run-dir elsewhere",
@@ -681,7 +682,7 @@ def test_non_finite_loss_stops_the_run(tmp_path, monkeypatch, flags, envs, words
     assert not (tmp_path / "agent.pt").exists()
 
 
-# -------------------------------------------------------------------------------------------------------------- bad input
+# ------------------------------------------------------------------------------------------------------------ bad input
 
 BAD = [
     ("--env-id starpliot", "did you mean starpilot"),
@@ -753,7 +754,8 @@ def test_bad_input_of_the_script(places, flags, hint):
 )
 def test_other_systems(other):
     """Another Python or machine gets one line, which names what Procgen is built for."""
-    start = f"import argparse, difflib, pathlib, platform, runpy, sys; {other}; runpy.run_path('{SCRIPT}', run_name='__main__')"
+    imports = "import argparse, difflib, pathlib, platform, runpy, sys"
+    start = f"{imports}; {other}; runpy.run_path('{SCRIPT}', run_name='__main__')"
     status, output, errors = python("-c", start, "--env-id", "none")
     assert (status, output, len(errors)) == (2, [], 1)
     assert "Python 3.10, 3.11 and 3.12 on Linux x86-64" in errors[0]
@@ -789,8 +791,8 @@ MEMORY, LIMITED = "sys/fs/cgroup/memory", {"memory.limit_in_bytes": "700", "memo
     ],
 )
 def test_free_memory(tmp_path, cgroup, files, free):
-    """The lesser of MemAvailable and what a cgroup or its ancestor leaves below the limit, v1 or v2; files that were read
-    (inactive_file) count as free."""
+    """The lesser of MemAvailable and what a cgroup or its ancestor leaves below the limit, v1 or v2; files that were
+    read (inactive_file) count as free."""
     files = {
         "proc": {"meminfo": "MemTotal: 9000 kB\nMemAvailable: 1000 kB\n"},
         "proc/self": {"cgroup": cgroup},
@@ -914,7 +916,7 @@ def run_dir(two_phases, tmp_path):
     return shutil.copytree(two_phases, tmp_path / "run")
 
 
-# ---------------------------------------------------------------------------------------------------------- exact resume
+# --------------------------------------------------------------------------------------------------------- exact resume
 
 
 @pytest.mark.parametrize(
@@ -1022,7 +1024,7 @@ def test_memory_does_not_grow(tmp_path):
     assert kilobytes[1] == pytest.approx(kilobytes[0], rel=0.01)
 
 
-# ---------------------------------------------------------------------------------------------------------------- faults
+# --------------------------------------------------------------------------------------------------------------- faults
 
 
 @pytest.mark.parametrize("file, limit", [("events.out", 700), ("agent.pt", 1_000_000), ("checkpoint.pt", 5_000_000)])
@@ -1079,8 +1081,8 @@ def test_damaged_checkpoint(run_dir, two_phases, capsys, damage):
 
 
 def test_flipped_bits(two_phases, tmp_path):
-    """Any single flipped bit of a checkpoint is detected or changes nothing that is loaded: 200 at random of a real one,
-    half of them outside the tensors, and every one of a small one."""
+    """Any single flipped bit of a checkpoint is detected or changes nothing that is loaded: 200 at random of a real
+    one, half of them outside the tensors, and every one of a small one."""
     path, rng = tmp_path / "checkpoint.pt", random.Random(1)
 
     def check(flips):
@@ -1188,7 +1190,7 @@ def test_no_checkpoints(tmp_path, capsys):
     assert_refused(f"--resume {tmp_path}", "no checkpoint", capsys)
 
 
-# -------------------------------------------------------------------------------------- other environments, other numbers
+# ------------------------------------------------------------------------------------ other environments, other numbers
 
 
 class Noise(gym.vector.VectorEnv):
@@ -1260,7 +1262,7 @@ def test_huge_learning_rate(run_dir, capsys, optimizer, flags, last, problem):
     assert files(run_dir) == before
 
 
-# --------------------------------------------------------------------------------------------------------- torch.compile
+# -------------------------------------------------------------------------------------------------------- torch.compile
 
 
 def test_compiled_steps_equal_eager_ones():
@@ -1296,7 +1298,7 @@ def test_no_compiler(tmp_path):
     assert position(tmp_path / "run" / "checkpoint.pt") == (1, PHASE)
 
 
-# ---------------------------------------------------------------------------------------------------------------- README
+# --------------------------------------------------------------------------------------------------------------- README
 
 
 def code_blocks(*languages):
