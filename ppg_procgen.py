@@ -32,7 +32,7 @@ Where this file departs from the official code, or the paper is silent:
    the other with an Adam each when they differ. With two networks that is the same: no gradient, no step.
 3. The step count is reached, rounded up to a rollout, and an auxiliary phase follows every complete policy phase. The
    official code skips the last one.
-4. The auxiliary phase computes in bfloat16 where the hardware has it (--precision).
+4. The auxiliary phase computes in bfloat16 where the hardware has it, and convolutions on CUDA in TF32 (--precision).
 5. Defaults are easy levels, 64 environments and 25 M steps. The paper: --distribution-mode hard --num-envs 256
    --total-timesteps 100_000_000.
 
@@ -174,8 +174,8 @@ def parse_args(argv=None):
 def normed(layer, norm):
     """Scale each output row or filter of a layer to this L2 norm, biases to 0 (official torch_util.py).
 
-    Whatever its number of inputs, a layer then begins at a chosen scale; a head's 0.1 makes the first policy nearly
-    uniform and the first values nearly 0.
+    The initial scale of a layer's output then does not depend on its number of inputs; a head's 0.1 makes the first
+    policy nearly uniform and the first values nearly 0.
     """
     with torch.no_grad():
         layer.weight *= norm / layer.weight.flatten(1).norm(dim=1).view(-1, *[1] * (layer.weight.dim() - 1))
@@ -188,7 +188,7 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        norm = (3**-0.5 * 2**-0.5) ** 0.5  # 3 stacks of 2 blocks of 2 convs: depth must not blow up the features
+        norm = (3**-0.5 * 2**-0.5) ** 0.5  # two convs multiply, hence the root; 3 stacks of 2 blocks add up
         self.conv0 = normed(nn.Conv2d(channels, channels, 3, padding=1), norm)
         self.conv1 = normed(nn.Conv2d(channels, channels, 3, padding=1), norm)
 
@@ -261,7 +261,7 @@ class ProcgenVectorEnv(gym.vector.VectorEnv):
     """
 
     def __init__(self, env_id, num_envs, distribution_mode, num_levels, start_level, seed, num_threads):
-        # exploration mode brings a level of its own and takes neither of the two
+        # exploration mode has a level of its own
         levels = {"num_levels": num_levels, "start_level": start_level} if distribution_mode != "exploration" else {}
         options = {"distribution_mode": distribution_mode, "rand_seed": seed, "num_threads": num_threads, **levels}
         self.procgen = ProcgenGym3Env(num=num_envs, env_name=env_id, **options)
@@ -295,9 +295,12 @@ class ProcgenVectorEnv(gym.vector.VectorEnv):
         self.fresh = False
         self.procgen.callmethod("set_state", [state.numpy().tobytes() for state in states])
 
+    def close_extras(self, **kwargs):
+        self.procgen.close()
+
 
 def make_envs(args):
-    """The function to change for another environment: any gym vector env of uint8 images [H, W, C] and a Discrete."""
+    """Replace this to train elsewhere: return any gym vector env with uint8 images [H, W, C] and discrete actions."""
     levels = args.distribution_mode, args.num_levels, args.start_level
     return ProcgenVectorEnv(args.env_id, args.num_envs, *levels, args.seed, num_threads=len(os.sched_getaffinity(0)))
 
@@ -324,9 +327,9 @@ class EpisodeStatistics:
 class RewardNormalizer:
     """Divides rewards by the running standard deviation of the discounted return, then clips them to +-10.
 
-    One learning rate then serves games whose scores differ by a factor of ten. The mean is not subtracted: a reward for
-    each step lived changes what is best. The moments take in the whole rollout before it is divided (official
-    reward_normalizer.py, RewardNormalizer).
+    One learning rate then serves games whose scores differ by a factor of ten. The mean is not subtracted: that would
+    amount to a reward or a fine for each step survived. The moments take in the whole rollout before it is divided
+    (official reward_normalizer.py, RewardNormalizer).
     """
 
     def __init__(self, num_envs, gamma):
@@ -372,8 +375,8 @@ def compute_gae(rewards, values, dones, gamma, gae_lambda):
 def policy_loss(log_ratio, advantages, clip_coef, kl_coef):
     """-L^clip (PPO, arXiv:1707.06347), plus kl_coef times 1/2 (log ratio)^2; all [B] -> scalar. clip_coef 0: unclipped.
 
-    The maximum with the clipped term takes away the reward for moving a ratio further than the clip range, but not the
-    way back. The penalty is the second-order estimate of the KL, as in the official code (ppo.py, compute_losses).
+    Clipping removes the incentive to move a ratio beyond the range, but not the gradient that brings it back. The
+    penalty is the second-order estimate of the KL, as in the official code (ppo.py, compute_losses).
     """
     ratio = log_ratio.exp()
     surrogate = -advantages * ratio
@@ -390,7 +393,7 @@ def value_loss(values, targets):
 def kl_divergence(old_logits, new_logits):
     """KL[pi_old, pi] over all actions in nats, mean over the batch; logits [B, A] -> scalar, exactly 0 if equal.
 
-    In this direction pi pays for every action that pi_old took and it would not: the loss of behavioural cloning.
+    In this direction pi is penalised for losing actions that pi_old took: the loss of behavioural cloning.
     """
     old, new = F.log_softmax(old_logits, dim=-1), F.log_softmax(new_logits, dim=-1)
     return (old.exp() * (old - new)).sum(-1).mean()
@@ -409,8 +412,9 @@ def act(agent, obs, bf16=False):
 def policy_phase_loss(agent, args, bf16, train_policy, train_value, batch):
     """Losses of Algorithm 1's policy phase on a flat batch (obs, actions, old log-probabilities, advantages, targets).
 
-    -> loss, its parts [5]: policy loss, entropy, approximate KL, clipped fraction, value loss. The two losses may be
-    added up: with two networks they share no parameter, and with one the detached value loss reaches its head alone.
+    -> loss, its parts [5]: policy loss, entropy, approximate KL, clipped fraction, value loss. Adding up the two losses
+    mixes nothing: two networks share no parameter, and with one the value gradient stops at the value head (unless
+    --detach-value never, PPO's sharing).
     """
     obs, actions, old_logprobs, advantages, targets = batch
     detach = args.detach_value != "never"
@@ -489,7 +493,7 @@ def train(args):
     device, policy_bf16, aux_bf16 = choose_device(args)
     envs = make_envs(args)
     N, T, image = args.num_envs, args.num_steps, envs.single_observation_space.shape
-    num_iterations = math.ceil(args.total_timesteps / (N * T))
+    num_iterations = math.ceil(args.total_timesteps / (N * T))  # deviation 3: rounded up
     has_aux_phase = args.e_aux > 0 and num_iterations >= args.n_pi
     agent = Agent(image, int(envs.single_action_space.n), args.arch).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
@@ -499,13 +503,14 @@ def train(args):
     # The phase buffer (Algorithm 1's B) of S segments, filled in place by the rollouts. uint8 images, a quarter of what
     # floats would take, are turned into floats a batch at a time. Without auxiliary phases it keeps one rollout.
     S = N * (args.n_pi if has_aux_phase else 1)
-    phase_obs = allocate_observations((S, T, *image), N, device)
+    phase_obs = allocate_observations(args, (S, T, *image), device)
     phase_targets = torch.zeros(S, T, device=device)
     actions = torch.zeros(N, T, dtype=torch.int64, device=device)
     logprobs, values = torch.zeros(N, T, device=device), torch.zeros(N, T + 1, device=device)
     rewards, dones = torch.zeros(N, T), torch.zeros(N, T)  # on the host, like all that environments give
-    # Observations per pass through the networks. A GPU takes whole minibatches; on a CPU, 256 at a time are within 3 %
-    # of the fastest and keep the activations small.
+    # Observations per pass through the networks. A GPU takes whole minibatches: a second forward pass would overwrite
+    # the gradients that the CUDA graph of the first one left. On a CPU, 256 at a time are within 3 % of the fastest and
+    # keep the activations small.
     chunk_size = S * T if device.type == "cuda" else 256
 
     lock = open_run_dir(args)
@@ -517,13 +522,11 @@ def train(args):
     if args.resume:
         phase, global_step, next_obs = restore(args, device, *state, next_obs)
     iteration = phase * args.n_pi
-    writer = SummaryWriter(args.run_dir, purge_step=global_step + 1 if args.resume else 0)
-    if not args.resume:
-        flags = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
-        writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{flags}")
-        writer.flush()
-        if args.checkpoint_every:
-            save_checkpoint(args, device, *state, next_obs, phase, global_step)
+    writer = SummaryWriter(args.run_dir, purge_step=global_step + 1)  # what a killed run logged after its checkpoint
+    flags = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
+    writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{flags}", global_step)
+    if args.checkpoint_every and not args.resume:
+        save_checkpoint(args, device, *state, next_obs, phase, global_step)
     progress = Progress(global_step, num_iterations * N * T, has_aux_phase)
 
     while iteration < num_iterations:
@@ -534,8 +537,8 @@ def train(args):
             segments = slice(i * N, (i + 1) * N) if has_aux_phase else slice(N)
             obs, episodes.ended = phase_obs[segments], []
             for t in range(T):
-                obs[:, t].copy_(torch.from_numpy(next_obs))
-                actions[:, t], logprobs[:, t], values[:, t] = act_step(agent, obs[:, t].to(device), policy_bf16)
+                obs[:, t] = frame = torch.from_numpy(next_obs)
+                actions[:, t], logprobs[:, t], values[:, t] = act_step(agent, frame.to(device), policy_bf16)
                 envs.step_async(actions[:, t].cpu().numpy())  # sync: one a step
                 next_obs, reward, terminated, truncated, _ = envs.step_wait()
                 rewards[:, t], dones[:, t] = torch.from_numpy(reward), torch.from_numpy(terminated | truncated)
@@ -545,7 +548,7 @@ def train(args):
             rollout_seconds = progress.lap("rollout")
 
             # V^targ, A <- GAE, on the host: T small operations in a row. A is normalised over the full batch, not over
-            # each minibatch: an update must not depend on which segments it was drawn with.
+            # each minibatch, so that an advantage does not depend on the segments it was drawn with.
             values_on_host = values.cpu()
             scaled_rewards = normalize(rewards, dones)
             advantages, targets = compute_gae(scaled_rewards, values_on_host, dones, args.gamma, args.gae_lambda)
@@ -554,7 +557,7 @@ def train(args):
             phase_targets[segments] = targets.to(device)  # buffer += (s, V^targ); s is in place already
 
             # E_pi epochs of -L^clip - beta_S * entropy w.r.t. theta_pi, E_V epochs of L^value w.r.t. theta_V.
-            # A loss takes part while its own epochs last; then its network gets no gradient, and Adam does not step it.
+            # A loss takes part while its own epochs last; parameters that no remaining loss reaches are not stepped.
             parts, data = torch.zeros(5, device=device), (obs, actions, logprobs, advantages, phase_targets[segments])
             for epoch, rows in minibatches(N, N // args.num_minibatches, max(args.e_pi, args.e_v)):
                 loss_of = partial(policy_step, agent, args, policy_bf16, epoch < args.e_pi, epoch < args.e_v)
@@ -581,8 +584,8 @@ def train(args):
 
         if has_aux_phase and iteration == phase * args.n_pi:
             # ---- Auxiliary phase (Alg. 1), with an Adam of its own, as in the official code ----
-            # pi_old(.|s) for the whole buffer, in the epochs' precision and batch sizes: their first KL is exactly 0
-            # (or 1e-10, where the last chunk of a minibatch is shorter and rounds in its own way).
+            # pi_old(.|s) for the whole buffer, in the epochs' precision and batch sizes: their first KL is exactly 0,
+            # but for the rounding of compiled steps and of a shorter last chunk (1e-10).
             aux_size = N // args.num_aux_minibatches  # segments in a minibatch
             batches = (phase_obs[row : row + aux_size].flatten(0, 1).to(device) for row in range(0, S, aux_size))
             chunks = (chunk for batch in batches for chunk in batch.split(chunk_size))
@@ -603,7 +606,7 @@ def train(args):
             for name, value in scalars.items():
                 writer.add_scalar(name, value, global_step)
 
-        # ---- Phase boundary: the buffer is empty, so that a checkpoint is small and exact ----
+        # ---- Phase boundary: the buffer is used up, so that a checkpoint is small and exact ----
         progress.end_phase(global_step)
         check_finite(agent.state_dict(), f"phase {phase}, step {global_step}")
         writer.flush()
@@ -638,7 +641,7 @@ def episode_scalars(args, episodes):
 
 
 def check_finite(tensors, where):
-    """Stop the run, exit status 1, at a number that is none. What was saved at the last phase boundary stays."""
+    """Stop the run, exit status 1, at NaN or infinity. The last checkpoint stays as it is."""
     for name, value in tensors.items():
         if not torch.as_tensor(value).isfinite().all():
             raise SystemExit(f"ppg_procgen.py: stopped: {name} is not finite in {where}; try a smaller learning rate")
@@ -687,11 +690,12 @@ class Progress:
         """A line at the end of each epoch and once a minute; reading `parts` waits for the GPU."""
         if k < minibatches_per_epoch and time.perf_counter() < self.last_line + 60:
             return
-        self.last_line, done = time.perf_counter(), (epoch + k / minibatches_per_epoch) / len(parts)
-        left = duration((self.last_line - self.lap_start) * (1 - done) / done)
+        self.last_line, epochs = time.perf_counter(), epoch + k / minibatches_per_epoch
+        # pi_old's forward pass, before the epochs, takes about a third of one
+        left = duration((self.last_line - self.lap_start) * (len(parts) - epochs) / (epochs + 1 / 3))
         losses = "kl {:.4f} | aux value loss {:.4f} | value loss {:.4f}".format(*(parts[epoch] / k).tolist())
-        line = f"  auxiliary phase {phase}, epoch {epoch + 1}/{len(parts)} {done:.0%} | {losses} | left {left}"
-        print(line, flush=True)
+        where = f"  auxiliary phase {phase}, epoch {epoch + 1}/{len(parts)} {epochs / len(parts):.0%}"
+        print(f"{where} | {losses} | left {left}", flush=True)
 
     def print_summary(self, run_dir):
         if not self.phases:
@@ -711,8 +715,7 @@ class Progress:
 
 def open_run_dir(args):
     """Make the run directory, or enter that of --resume, and set args.run_dir -> its lock, an open file."""
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run_dir = Path(args.run_dir or Path("runs", name))
+    run_dir = Path(args.run_dir or f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = (run_dir / ".lock").open("w")
@@ -751,7 +754,7 @@ def load_agent(path, device="cpu"):
 
 
 def save_checkpoint(args, device, learners, statistics, envs, next_obs, phase, global_step):
-    """All that a run is while its phase buffer is empty: tensors and plain values, so that weights_only can load it."""
+    """Everything needed to continue from a phase boundary, as tensors and plain values, which weights_only can load."""
     name, keys, *rest = np.random.get_state()
     data = {
         "position": (phase, global_step, device.type),
@@ -760,7 +763,7 @@ def save_checkpoint(args, device, learners, statistics, envs, next_obs, phase, g
         "statistics": [vars(statistic) for statistic in statistics],
         "envs": envs.get_state() if hasattr(envs, "get_state") else None,
         "next_obs": torch.from_numpy(next_obs),
-        "torch_random": (torch.get_rng_state(), torch.cuda.get_rng_state_all()),
+        "torch_random": (torch.get_rng_state(), torch.cuda.get_rng_state_all() if device.type == "cuda" else []),
         "host_random": (random.getstate(), (name, keys.tolist(), *rest)),
     }
     save(Path(args.run_dir, "checkpoint.pt"), data, previous=Path(args.run_dir, "checkpoint.previous.pt"))
@@ -787,10 +790,11 @@ def saved_flags(defaults, typed):
         fail(f"--resume {typed['resume']}: no checkpoint to load ({'; '.join(problems)})")
     if differing := sorted(data["args"].keys() ^ defaults.keys()):
         fail(f"--resume {typed['resume']}: written by another version of this script; differing flags: {differing}")
+    saved = {**data["args"], "run_dir": typed["resume"]}  # a run directory may have been moved
     for name in typed.keys() - {"resume", "total_timesteps", "checkpoint_every", "device"}:
-        if typed[name] != (was := data["args"][name]):
-            fail(f"--{name.replace('_', '-')} {typed[name]}: the run was started with {was}; leave the flag out")
-    return {**data["args"], "run_dir": typed["resume"]}
+        if typed[name] != saved[name]:
+            fail(f"--{name.replace('_', '-')} {typed[name]}: the run has {saved[name]}; leave the flag out")
+    return saved
 
 
 def restore(args, device, learners, statistics, envs, next_obs):
@@ -810,21 +814,21 @@ def restore(args, device, learners, statistics, envs, next_obs):
     for statistic, saved in zip(statistics, data["statistics"], strict=True):
         vars(statistic).update(saved)
     torch.set_rng_state(data["torch_random"][0])
-    torch.cuda.set_rng_state_all(data["torch_random"][1][: torch.cuda.device_count()])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state_all(data["torch_random"][1][: torch.cuda.device_count()])
     random.setstate(data["host_random"][0])
     np.random.set_state(data["host_random"][1])
-    if data["envs"] is None:
-        print("warning: these environments have no get_state; their episodes begin anew", file=sys.stderr)
-        for running_sum in (statistics[0].returns, statistics[0].lengths, statistics[1].discounted):
-            running_sum.zero_()
-    else:
+    if data["envs"] is not None:
         envs.set_state(data["envs"])
-        next_obs = data["next_obs"].numpy()
+        return phase, global_step, data["next_obs"].numpy()
+    print("warning: these environments have no get_state; their episodes begin anew", file=sys.stderr)
+    for running_sum in (statistics[0].returns, statistics[0].lengths, statistics[1].discounted):
+        running_sum.zero_()
     return phase, global_step, next_obs
 
 
 def stop(args, reason, status):
-    """End at once and say what is saved. No clean-up: at every instant a complete checkpoint is on disk."""
+    """End at once and say what is saved. No clean-up: the last checkpoint is complete at every instant."""
     saved = "nothing to resume is saved"
     if args.run_dir and (data := load_checkpoint(args.run_dir)[0]):
         command = shlex.join([sys.executable, sys.argv[0], "--resume", args.run_dir])
@@ -849,15 +853,12 @@ def choose_device(args):
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: torch finds no CUDA device here; leave the flag out or use --device cpu")
     device = torch.device("cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu")
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("highest" if args.precision == "fp32" else "high")  # high: TF32
-        torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
-    else:
+    torch.backends.cudnn.allow_tf32 = args.precision != "fp32"  # convolutions, 98 % of all products; heads stay fp32
+    if device.type == "cpu":
         # glibc gives large freed blocks back to the kernel, and every chunk faults them in again: 66,000 pages in fp32.
         # Keeping them makes training passes 1.3 times as fast (2 cores, AMX).
-        m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(m_mmap_threshold, 2**30), libc.mallopt(m_trim_threshold, 2**31 - 1)
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-3, 2**30), mallopt(-1, 2**31 - 1)  # malloc.h: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
     return device, args.precision == "bf16", args.precision == "bf16" or (args.precision == "auto" and has_bf16(device))
 
 
@@ -871,7 +872,8 @@ def steps_for(args, device):
     except RuntimeError as error:  # no compiler
         print(f"warning: torch.compile fails, running without: {str(error).splitlines()[0]}", file=sys.stderr)
         return steps
-    return [torch.compile(step, mode="reduce-overhead" if device.type == "cuda" else "default") for step in steps]
+    mode = "reduce-overhead" if device.type == "cuda" else "default"
+    return [torch.compile(step, mode=mode, dynamic=False) for step in steps]
 
 
 def free_memory(root="/"):
@@ -879,26 +881,29 @@ def free_memory(root="/"):
     meminfo = dict(line.split(":") for line in Path(root, "proc/meminfo").read_text().splitlines())
     free = int(meminfo["MemAvailable"].split()[0]) * 1024
     for line in Path(root, "proc/self/cgroup").read_text().splitlines():
-        _, controller, path = line.split(":", 2)
-        base, limit, use, cache = "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
-        if controller == "":  # version 2
-            base, limit, use, cache = "", "memory.max", "memory.current", "inactive_file"
-        group = Path(root, "sys/fs/cgroup", base, path.lstrip("/"))
-        for folder in (group, *group.parents) if controller in ("", "memory") else ():  # any ancestor's limit counts
+        _, controller, path = line.split(":", 2)  # controller: "" in version 2, "memory" in version 1
+        v1 = controller == "memory"
+        limit, use = ("limit_in_bytes", "usage_in_bytes") if v1 else ("max", "current")
+        group = Path(root, "sys/fs/cgroup", controller, path.lstrip("/"))
+        for folder in (group, *group.parents) if v1 or not controller else ():  # any ancestor's limit counts
             with contextlib.suppress(OSError, ValueError):  # a container does not see all of them; "max" is no limit
-                room = int((folder / limit).read_text()) - int((folder / use).read_text())
+                room = int((folder / f"memory.{limit}").read_text()) - int((folder / f"memory.{use}").read_text())
                 stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                free = min(free, room + int(stat[cache]))  # files that were read count as use, but give way
+                free = min(free, room + int(stat["total_" * v1 + "inactive_file"]))  # cached files give way
     return free
 
 
-def allocate_observations(shape, segments_per_rollout, device):
+def allocate_observations(args, shape, device):
     """The phase buffer, uint8 [S, T, H, W, C]: on the GPU where it fits, else pinned; an error if it fits nowhere."""
     needed, working = math.prod(shape), 1_500_000_000
-    if device.type == "cuda" and needed + 8e9 < torch.cuda.mem_get_info()[0]:
-        return torch.empty(shape, dtype=torch.uint8, device=device)
+    if device.type == "cuda":
+        # In fp32 an observation's activations take 1.23 MB a network (counted on a CPU), and their gradients some more.
+        minibatch = args.num_envs * args.num_steps // min(args.num_minibatches, args.num_aux_minibatches)
+        if needed + 2e9 + minibatch * (4e6 if args.arch == "dual" else 2e6) < torch.cuda.mem_get_info()[0]:
+            return torch.empty(shape, dtype=torch.uint8, device=device)
+        needed = 2 ** (needed - 1).bit_length()  # torch takes pinned memory in powers of two
     if needed + working > (free := free_memory()):
-        fits = int((free - working) / (needed / shape[0] * segments_per_rollout))
+        fits = int((free - working) / (math.prod(shape) / shape[0] * args.num_envs))
         advice = f"--n-pi {fits} is the largest that fits" if fits > 0 else "take fewer --num-envs or --num-steps"
         fail(f"the phase buffer takes {needed:,} bytes, training {working:,} more, and {free:,} are free: {advice}")
     return torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
@@ -916,7 +921,8 @@ def announce(args, agent, phase_obs, device, policy_bf16, aux_bf16):
         f"{args.env_id} {args.distribution_mode}, {levels} | {args.arch}, "
         f"{sum(p.numel() for p in agent.parameters()):,} parameters | {args.num_envs} environments x {args.num_steps} "
         f"steps | {device.type} ({hardware}), policy phase {names[policy_bf16]}, auxiliary phase {names[aux_bf16]}"
-        f"{missing} | {args.n_pi * rollout:,} steps per phase | phase buffer {phase_obs.numel() / 1e9:.2f} GB",
+        f"{missing} | {args.n_pi * rollout:,} steps per phase | phase buffer {phase_obs.numel() / 1e9:.2f} GB "
+        f"on {phase_obs.device.type}",
         flush=True,
     )
     if args.e_aux and (rollouts := math.ceil(args.total_timesteps / rollout)) < args.n_pi:
@@ -925,7 +931,7 @@ def announce(args, agent, phase_obs, device, policy_bf16, aux_bf16):
 
 
 def validate(args, typed):
-    """End in `fail` where a flag cannot be meant; `typed` holds the flags that were really given."""
+    """End in `fail` where a flag has an impossible value; `typed` holds the flags that were really given."""
 
     def check(ok, name, problem):
         if not ok:
@@ -954,23 +960,18 @@ def validate(args, typed):
     rollout = args.num_envs * args.num_steps
     check(args.total_timesteps >= rollout, "total_timesteps", f"less than one rollout, which is {rollout} steps")
     check(args.arch == "shared" or "detach_value" not in typed, "detach_value", "only for --arch shared")
-    if args.distribution_mode == "exploration":
-        for name in ("num_levels", "start_level"):
-            check(name not in typed, name, "exploration mode has its own level; leave the flag out")
+    for name in ("num_levels", "start_level") if args.distribution_mode == "exploration" else ():
+        check(name not in typed, name, "exploration mode has its own level; leave the flag out")
     check(args.num_levels or not args.start_level, "start_level", "only together with --num-levels")
     check(args.start_level + args.num_levels < 2**31, "start_level", "the levels must end below 2147483648")
 
 
-def main():
+if __name__ == "__main__":
     args = parse_args()
     for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, lambda signum, _: stop(args, signal.Signals(signum).name, 128 + signum))
     threading.excepthook = lambda _: None  # TensorBoard's thread; what fails there is raised in the main thread as well
     try:
         train(args)
-    except OSError as error:  # a full disk, most often
+    except (OSError, torch.OutOfMemoryError) as error:  # a full disk or GPU
         stop(args, error, 1)
-
-
-if __name__ == "__main__":
-    main()

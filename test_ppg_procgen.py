@@ -618,6 +618,21 @@ def test_tensorboard(tmp_path, monkeypatch, flags, clipfrac):
     assert all(f"|{flag[2:].replace('-', '_')}|" in text for flag in FLAGS) and "|total_timesteps|55|" in text
 
 
+def test_time_left(monkeypatch, capsys):
+    """`left` goes by whole phases, auxiliary phase included: what the last took, less what this one has taken. In an
+    auxiliary phase it goes by epochs, where pi_old's forward pass counts as a third of one."""
+    clock = iter([0, 30, 30, 60, 80, 90, 90, 130]).__next__  # start; line, twice; phase ends; line; lap, twice; line
+    monkeypatch.setattr(ppg.time, "perf_counter", clock)
+    progress, episodes = ppg.Progress(0, 300, True), ppg.EpisodeStatistics(1)
+    losses = {"losses/approx_kl": 0, "losses/explained_variance": 0}
+    progress.print_iteration(100, losses, episodes)
+    progress.end_phase(100)  # after 60 s: the next two take 120 s
+    progress.print_iteration(200, losses, episodes)  # 20 s later
+    progress.lap("policy_phase")
+    progress.print_auxiliary(2, 0, 5, 5, torch.zeros(3, 3))  # 40 s later: 1/3 + 1 epochs are over, 2 are left
+    assert [line.rpartition("left ")[2] for line in capsys.readouterr().out.splitlines()] == ["?", "1m40s", "1m00s"]
+
+
 @pytest.mark.parametrize("flags, warning", [("--n-pi 3", "--n-pi 2"), ("--n-pi 2", ""), ("--n-pi 3 --e-aux 0", "")])
 def test_warning_below_one_phase(tmp_path, capsys, flags, warning):
     """Fewer rollouts than N_pi: one warning, with an --n-pi that brings an auxiliary phase; without E_aux none."""
@@ -1159,6 +1174,13 @@ def test_flags_that_may_be_given_again(two_phases):
     assert (args.total_timesteps, args.checkpoint_every, args.num_envs, args.n_pi) == (999, 3, 2, 2)
     args = ppg.parse_args(shlex.split(f"--resume {two_phases}"))
     assert (args.total_timesteps, args.checkpoint_every, args.env_id, args.n_pi) == (2 * PHASE, 1, "chaser", 2)
+
+
+def test_moved_run(run_dir, two_phases, capsys):
+    """A run directory may be moved and is resumed where it is; --run-dir cannot send the run elsewhere."""
+    moved = run_dir.rename(run_dir.with_name("moved"))
+    assert ppg.parse_args(shlex.split(f"--resume {moved} --run-dir {moved}")).run_dir == str(moved)
+    assert_refused(f"--resume {moved} --run-dir {two_phases}", f"--run-dir {two_phases}", capsys)
 
 
 def test_complete_run(run_dir, capsys):
