@@ -563,6 +563,7 @@ def train(args):
                 loss_of = partial(policy_step, agent, args, policy_bf16, epoch < args.e_pi, epoch < args.e_v)
                 parts += train_minibatch(optimizer, loss_of, gather(rows, device, *data), chunk_size)
             parts = (parts / args.num_minibatches).tolist()  # sync: one an iteration
+            trim_heap()
             policy_seconds = progress.lap("policy_phase")
 
             epochs = args.e_pi, args.e_pi, args.e_pi, args.e_pi, args.e_v
@@ -599,6 +600,8 @@ def train(args):
             for k, (epoch, rows) in enumerate(minibatches(S, aux_size, args.e_aux)):
                 parts[epoch] += train_minibatch(aux_optimizer, loss_of, gather(rows, device, *data), chunk_size)
                 progress.print_auxiliary(phase, epoch, k % steps_per_epoch + 1, steps_per_epoch, parts)
+                if k % 64 == 0:
+                    trim_heap()
             last_epoch = (parts[-1] / steps_per_epoch).tolist()
             scalars = dict(zip(AUX_TAGS, last_epoch, strict=True))
             scalars["time/auxiliary_phase"] = progress.lap("auxiliary_phase")
@@ -860,6 +863,11 @@ def choose_device(args):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-3, 2**30), mallopt(-1, 2**31 - 1)  # malloc.h: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
     return device, args.precision == "bf16", args.precision == "bf16" or (args.precision == "auto" and has_bf16(device))
+
+
+def trim_heap():
+    """Give back what choose_device told glibc to keep, about twice a minute: gaps between blocks would add up."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def steps_for(args, device):
