@@ -29,7 +29,8 @@ Where this file departs from the official code, or the paper is silent:
 1. A single network (--arch shared) detaches its value head from the features in the policy phase only; the auxiliary
    phase takes the full value gradient, as section 3.6 says. Official: detached there too (--detach-value always).
 2. Policy and value epochs (E_pi, E_V) run side by side in one loop with one Adam. The official code runs them one after
-   the other with an Adam each when they differ. With two networks that is the same: no gradient, no step.
+   the other with an Adam each when they differ. With two networks that is the same: no gradient, no step. With one, the
+   epochs that only E_V has train the value head alone (--detach-value never: the encoder too).
 3. The step count is reached, rounded up to a rollout, and an auxiliary phase follows every complete policy phase. The
    official code skips the last one.
 4. The auxiliary phase computes in bfloat16 where the hardware has it, and convolutions on CUDA in TF32 (--precision).
@@ -147,7 +148,7 @@ def parse_args(argv=None):
     # auxiliary phase
     flag("--e-aux", type=count, default=6, help="auxiliary epochs per phase, E_aux, 0 = none (paper: 6; PPO: 0)")
     flag("--beta-clone", type=float, default=1.0, help="weight of KL[pi_old, pi] (paper: 1)")
-    flag("--num-aux-minibatches", type=count, default=16, help="minibatches per epoch and rollout (paper: 16)")
+    flag("--num-aux-minibatches", type=count, default=16, help="num_envs / this = segments a minibatch (paper: 16)")
     flag("--aux-learning-rate", type=float, default=5e-4, help="Adam's step size, auxiliary phase (paper: 5e-4)")
     # machine and output
     flag("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto = cuda where there is one")
@@ -439,8 +440,9 @@ def auxiliary_phase_loss(agent, args, bf16, batch):
     """Losses of Algorithm 1's auxiliary phase, L^joint + L^value, on a flat batch (obs, pi_old's logits, targets).
 
     -> loss, its parts [3]: KL, auxiliary value loss, true value loss. The auxiliary value loss is what brings the value
-    function's features into the policy network; behavioural cloning, the KL term, holds its behaviour in place. The
-    auxiliary values are used for nothing else. L^value trains V on all that the phase saw while the data is at hand.
+    function's features into the policy network; behavioural cloning, the KL term, holds its behaviour in place. With
+    one network both value losses reach the encoder, unless --detach-value always. The auxiliary values serve no other
+    end.
     """
     obs, old_logits, targets = batch
     logits, aux_values, values = agent(obs, bf16, detach_value=args.detach_value == "always")
@@ -527,7 +529,7 @@ def train(args):
     writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{flags}", global_step)
     if args.checkpoint_every and not args.resume:
         save_checkpoint(args, device, *state, next_obs, phase, global_step)
-    progress = Progress(global_step, num_iterations * N * T, has_aux_phase)
+    progress = Progress(global_step, num_iterations * N * T, args.n_pi * N * T, has_aux_phase)
 
     while iteration < num_iterations:
         phase += 1
@@ -539,7 +541,7 @@ def train(args):
             for t in range(T):
                 obs[:, t] = frame = torch.from_numpy(next_obs)
                 actions[:, t], logprobs[:, t], values[:, t] = act_step(agent, frame.to(device), policy_bf16)
-                envs.step_async(actions[:, t].cpu().numpy())  # sync: one a step
+                envs.step_async(actions[:, t].cpu().numpy())  # waits for the GPU, once a step
                 next_obs, reward, terminated, truncated, _ = envs.step_wait()
                 rewards[:, t], dones[:, t] = torch.from_numpy(reward), torch.from_numpy(terminated | truncated)
                 episodes.update(rewards[:, t], dones[:, t])
@@ -558,11 +560,12 @@ def train(args):
 
             # E_pi epochs of -L^clip - beta_S * entropy w.r.t. theta_pi, E_V epochs of L^value w.r.t. theta_V.
             # A loss takes part while its own epochs last; parameters that no remaining loss reaches are not stepped.
-            parts, data = torch.zeros(5, device=device), (obs, actions, logprobs, advantages, phase_targets[segments])
+            parts = torch.zeros(len(POLICY_TAGS), device=device)
+            data = obs, actions, logprobs, advantages, phase_targets[segments]
             for epoch, rows in minibatches(N, N // args.num_minibatches, max(args.e_pi, args.e_v)):
                 loss_of = partial(policy_step, agent, args, policy_bf16, epoch < args.e_pi, epoch < args.e_v)
                 parts += train_minibatch(optimizer, loss_of, gather(rows, device, *data), chunk_size)
-            parts = (parts / args.num_minibatches).tolist()  # sync: one an iteration
+            parts = (parts / args.num_minibatches).tolist()  # waits for the GPU, once an iteration
             trim_heap()
             policy_seconds = progress.lap("policy_phase")
 
@@ -595,7 +598,7 @@ def train(args):
             data = phase_obs, torch.cat(old_logits).view(S, T, -1), phase_targets
 
             # E_aux epochs of L^joint w.r.t. theta_pi and L^value w.r.t. theta_V; V^targ stays what the rollouts gave.
-            parts, steps_per_epoch = torch.zeros(args.e_aux, 3, device=device), S // aux_size
+            parts, steps_per_epoch = torch.zeros(args.e_aux, len(AUX_TAGS)).to(device), S // aux_size
             loss_of = partial(aux_step, agent, args, aux_bf16)
             for k, (epoch, rows) in enumerate(minibatches(S, aux_size, args.e_aux)):
                 parts[epoch] += train_minibatch(aux_optimizer, loss_of, gather(rows, device, *data), chunk_size)
@@ -658,8 +661,9 @@ def duration(seconds):
 class Progress:
     """Times, rates and the console."""
 
-    def __init__(self, first_step, total_steps, has_aux_phase):
-        self.first, self.total, self.has_aux_phase = first_step, total_steps, has_aux_phase
+    def __init__(self, first_step, total_steps, steps_per_phase, has_aux_phase):
+        self.first, self.total, self.steps_per_phase = first_step, total_steps, steps_per_phase
+        self.left_is_known = not has_aux_phase or first_step + steps_per_phase > total_steps
         self.seconds = dict.fromkeys(("rollout", "policy_phase", "auxiliary_phase"), 0.0)
         self.start = self.lap_start = self.phase_start = self.last_line = time.perf_counter()
         self.phase_step, self.phases = first_step, []  # (environment steps, seconds) of each phase that is over
@@ -684,7 +688,7 @@ class Progress:
         rate, recent = self.rate(step), f"{np.mean(episodes.recent):.2f}" if episodes.recent else "-"
         seconds = (self.total - self.phase_step) / rate - (time.perf_counter() - self.phase_start)
         # how long an auxiliary phase takes is not known before the first is over
-        left = duration(max(0, seconds)) if self.phases or not self.has_aux_phase else "?"
+        left = duration(max(0, seconds)) if self.phases or self.left_is_known else "?"
         kl, ev = scalars["losses/approx_kl"], scalars["losses/explained_variance"]
         line = f"step {step:,}/{self.total:,} {step / self.total:.1%} | return {recent} (n={len(episodes.ended)})"
         print(f"{line} | kl {kl:.4f} | ev {ev:.2f} | {rate:,.0f} steps/s | left {left}", flush=True)
@@ -696,7 +700,8 @@ class Progress:
         self.last_line, epochs = time.perf_counter(), epoch + k / minibatches_per_epoch
         # pi_old's forward pass, before the epochs, takes about a third of one
         left = duration((self.last_line - self.lap_start) * (len(parts) - epochs) / (epochs + 1 / 3))
-        losses = "kl {:.4f} | aux value loss {:.4f} | value loss {:.4f}".format(*(parts[epoch] / k).tolist())
+        means = zip(AUX_TAGS, (parts[epoch] / k).tolist(), strict=True)
+        losses = " | ".join(f"{Path(tag).name.replace('_', ' ')} {mean:.4f}" for tag, mean in means)
         where = f"  auxiliary phase {phase}, epoch {epoch + 1}/{len(parts)} {epochs / len(parts):.0%}"
         print(f"{where} | {losses} | left {left}", flush=True)
 
@@ -705,9 +710,9 @@ class Progress:
             print(f"{run_dir} is complete at step {self.first:,}: a larger --total-timesteps extends it", flush=True)
             return
         wall = time.perf_counter() - self.start
-        whole = [phase for phase in self.phases if phase[0] == self.phases[0][0]]  # the last may be cut short
-        steps, seconds = np.sum(whole[1:] or whole, axis=0)
-        counted = "all whole phases after the first" if whole[1:] else "the first phase"
+        whole = [phase for phase in self.phases if phase[0] == self.steps_per_phase]  # the last may be cut short
+        steps, seconds = np.sum(whole[1:] or whole or self.phases, axis=0)
+        counted = "all whole phases after the first" if whole[1:] else "one phase" if whole else "part of a phase"
         shares = ", ".join(f"{part.replace('_', ' ')} {t / wall:.0%}" for part, t in self.seconds.items())
         line = f"done in {duration(wall)} | {steps / seconds:,.0f} steps/s over {counted} | {shares}"
         print(f"{line} | {run_dir}/agent.pt", flush=True)
@@ -923,14 +928,14 @@ def announce(args, agent, phase_obs, device, policy_bf16, aux_bf16):
     levels = "its own level" if args.distribution_mode == "exploration" else levels
     names = ["TF32" if device.type == "cuda" and args.precision != "fp32" else "fp32", "bf16"]
     missing = " (no bf16 in hardware)" if args.precision == "auto" and not aux_bf16 else ""
+    aux = f"auxiliary phase {names[aux_bf16]}{missing}" if args.e_aux else "no auxiliary phase"
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     rollout = args.num_envs * args.num_steps
     print(
         f"{args.env_id} {args.distribution_mode}, {levels} | {args.arch}, "
         f"{sum(p.numel() for p in agent.parameters()):,} parameters | {args.num_envs} environments x {args.num_steps} "
-        f"steps | {device.type} ({hardware}), policy phase {names[policy_bf16]}, auxiliary phase {names[aux_bf16]}"
-        f"{missing} | {args.n_pi * rollout:,} steps per phase | phase buffer {phase_obs.numel() / 1e9:.2f} GB "
-        f"on {phase_obs.device.type}",
+        f"steps | {device.type} ({hardware}), policy phase {names[policy_bf16]}, {aux} | {args.n_pi * rollout:,} steps "
+        f"per phase | phase buffer {phase_obs.numel() / 1e9:.2f} GB on {phase_obs.device.type}",
         flush=True,
     )
     if args.e_aux and (rollouts := math.ceil(args.total_timesteps / rollout)) < args.n_pi:
@@ -948,7 +953,7 @@ def validate(args, typed):
     nearest = difflib.get_close_matches(args.env_id.lower(), GAMES, n=1, cutoff=0)[0]
     check(args.env_id in GAMES, "env_id", f"no such game; did you mean {nearest}? There are {', '.join(GAMES)}")
     modes = ("easy", "hard", *GAMES[args.env_id][2])
-    check(args.distribution_mode in modes, "distribution_mode", f"{args.env_id} has {', '.join(modes)}")
+    check(args.distribution_mode in modes, "distribution_mode", f"no such mode; {args.env_id} has {', '.join(modes)}")
     at_least_one = "num_envs", "num_steps", "total_timesteps", "num_minibatches", "num_aux_minibatches"
     for name in (*at_least_one, "n_pi", "e_pi", "e_v"):
         check(getattr(args, name) >= 1, name, "must be 1 or more")
@@ -963,8 +968,9 @@ def validate(args, typed):
     check(0 <= args.gae_lambda <= 1, "gae_lambda", "must be between 0 and 1")
     for name in ("num_minibatches", "num_aux_minibatches")[: 2 if args.e_aux else 1]:
         fitting = [n for n in range(1, min(getattr(args, name), args.num_envs) + 1) if args.num_envs % n == 0]
-        hint = f"must divide --num-envs {args.num_envs}, as {', '.join(map(str, fitting))} would"
-        check(getattr(args, name) == fitting[-1], name, hint)
+        numbers = ", ".join(map(str, fitting))
+        hint = f"not a multiple of --{name.replace('_', '-')} {getattr(args, name)}; {numbers} would do"
+        check(getattr(args, name) == fitting[-1], "num_envs", hint)
     rollout = args.num_envs * args.num_steps
     check(args.total_timesteps >= rollout, "total_timesteps", f"less than one rollout, which is {rollout} steps")
     check(args.arch == "shared" or "detach_value" not in typed, "detach_value", "only for --arch shared")

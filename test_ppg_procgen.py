@@ -498,9 +498,11 @@ def test_advantages_and_optimizers(tmp_path, record):
     assert [x.param_groups[0]["lr"] for x in (policy, auxiliary)] == [2e-4, 3e-4]
 
 
-def test_without_auxiliary_phase_one_rollout_is_kept(tmp_path, record):
-    """With --e-aux 0 the buffer holds one rollout, whatever --n-pi and --num-aux-minibatches are."""
+def test_without_auxiliary_phase_one_rollout_is_kept(tmp_path, record, capsys):
+    """With --e-aux 0 the buffer holds one rollout, whatever --n-pi and --num-aux-minibatches are, and the first line
+    says that there is no auxiliary phase."""
     tiny(tmp_path, "--n-pi 2 --e-aux 0 --num-aux-minibatches 16")
+    assert "no auxiliary phase" in capsys.readouterr().out.splitlines()[0]
     assert {call["data"][0].untyped_storage().nbytes() for call in record} == {32 * 64 * 64 * 3}
 
 
@@ -623,7 +625,7 @@ def test_time_left(monkeypatch, capsys):
     auxiliary phase it goes by epochs, where pi_old's forward pass counts as a third of one."""
     clock = iter([0, 30, 30, 60, 80, 90, 90, 130]).__next__  # start; line, twice; phase ends; line; lap, twice; line
     monkeypatch.setattr(ppg.time, "perf_counter", clock)
-    progress, episodes = ppg.Progress(0, 300, True), ppg.EpisodeStatistics(1)
+    progress, episodes = ppg.Progress(0, 300, 100, True), ppg.EpisodeStatistics(1)
     losses = {"losses/approx_kl": 0, "losses/explained_variance": 0}
     progress.print_iteration(100, losses, episodes)
     progress.end_phase(100)  # after 60 s: the next two take 120 s
@@ -1190,6 +1192,13 @@ def test_complete_run(run_dir, capsys):
     train(f"--resume {run_dir}")
     out, err = capsys.readouterr()
     assert "complete" in out and err == "" and files(run_dir) == before
+
+
+def test_part_of_a_phase(run_dir, capsys):
+    """A run that adds less than a phase knows how long it takes, and does not give its rate as that of a phase."""
+    train(f"--resume {run_dir} --total-timesteps {2 * PHASE + 16}")
+    *_, line, summary = capsys.readouterr().out.splitlines()
+    assert "left 0m00s" in line and "over part of a phase" in summary
 
 
 def test_fresh_run_into_a_used_directory(two_phases, capsys):
