@@ -742,7 +742,7 @@ def open_run_dir(args):
 def save(path, data, previous=None):
     """Write data and checksum to a new file, then rename: `path` (old: `previous`) is complete at every instant."""
     torch.save(data, buffer := io.BytesIO())  # by way of a buffer: torch turns a full disk into an internal error
-    content, unfinished = buffer.getvalue(), path.with_suffix(".partial")
+    content, unfinished = buffer.getvalue(), path.with_suffix(".partial")  # a leftover is overwritten
     with unfinished.open("wb") as file:
         file.write(content + hashlib.sha256(content).digest())  # torch ignores it, and a flipped bit elsewhere too
         file.flush()
