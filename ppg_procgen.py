@@ -591,11 +591,14 @@ def train(args):
             # pi_old(.|s) for the whole buffer, in the epochs' precision and batch sizes: their first KL is exactly 0,
             # but for the rounding of compiled steps and of a shorter last chunk (1e-10).
             aux_size = N // args.num_aux_minibatches  # segments in a minibatch
-            batches = (phase_obs[row : row + aux_size].flatten(0, 1).to(device) for row in range(0, S, aux_size))
-            chunks = (chunk for batch in batches for chunk in batch.split(chunk_size))
-            with torch.no_grad():
-                old_logits = [agent(chunk, aux_bf16, value=False)[0] for chunk in chunks]
-            data = phase_obs, torch.cat(old_logits).view(S, T, -1), phase_targets
+            # Into one tensor as they come: thousands of small ones, kept among large blocks that go, riddle the heap.
+            old_logits = torch.empty(S, T, agent.policy_head.out_features, device=device)
+            for row in range(0, S, aux_size):
+                chunks = phase_obs[row : row + aux_size].flatten(0, 1).to(device).split(chunk_size)
+                with torch.no_grad():
+                    logits = torch.cat([agent(chunk, aux_bf16, value=False)[0] for chunk in chunks])
+                old_logits[row : row + aux_size] = logits.unflatten(0, (aux_size, T))
+            data = phase_obs, old_logits, phase_targets
 
             # E_aux epochs of L^joint w.r.t. theta_pi and L^value w.r.t. theta_V; V^targ stays what the rollouts gave.
             parts, steps_per_epoch = torch.zeros(args.e_aux, len(AUX_TAGS)).to(device), S // aux_size
@@ -871,7 +874,7 @@ def choose_device(args):
 
 
 def trim_heap():
-    """Give back what choose_device told glibc to keep, about twice a minute: gaps between blocks would add up."""
+    """Give back what choose_device told glibc to keep, about twice a minute: gaps between blocks can add up to GBs."""
     ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
