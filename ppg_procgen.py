@@ -665,8 +665,8 @@ class Progress:
     """Times, rates and the console."""
 
     def __init__(self, first_step, total_steps, steps_per_phase, has_aux_phase):
-        self.first, self.total, self.steps_per_phase = first_step, total_steps, steps_per_phase
-        self.left_is_known = not has_aux_phase or first_step + steps_per_phase > total_steps
+        self.first, self.total = first_step, total_steps
+        self.steps_per_phase, self.has_aux_phase = steps_per_phase, has_aux_phase
         self.seconds = dict.fromkeys(("rollout", "policy_phase", "auxiliary_phase"), 0.0)
         self.start = self.lap_start = self.phase_start = self.last_line = time.perf_counter()
         self.phase_step, self.phases = first_step, []  # (environment steps, seconds) of each phase that is over
@@ -689,9 +689,12 @@ class Progress:
 
     def print_iteration(self, step, scalars, episodes):
         rate, recent = self.rate(step), f"{np.mean(episodes.recent):.2f}" if episodes.recent else "-"
-        seconds = (self.total - self.phase_step) / rate - (time.perf_counter() - self.phase_start)
-        # how long an auxiliary phase takes is not known before the first is over
-        left = duration(max(0, seconds)) if self.phases or self.left_is_known else "?"
+        elapsed = time.perf_counter() - self.phase_start
+        seconds = (self.total - self.phase_step) / rate - elapsed
+        known = bool(self.phases)  # how long an auxiliary phase takes is not known before the first is over
+        if not self.has_aux_phase or self.total - self.phase_step < self.steps_per_phase:  # no auxiliary phase ahead
+            known, seconds = True, elapsed * (self.total - step) / (step - self.phase_step)
+        left = duration(max(0, seconds)) if known else "?"
         kl, ev = scalars["losses/approx_kl"], scalars["losses/explained_variance"]
         line = f"step {step:,}/{self.total:,} {step / self.total:.1%} | return {recent} (n={len(episodes.ended)})"
         print(f"{line} | kl {kl:.4f} | ev {ev:.2f} | {rate:,.0f} steps/s | left {left}", flush=True)
