@@ -512,8 +512,8 @@ def train(args):
     rewards, dones = torch.zeros(N, T), torch.zeros(N, T)  # on the host, like all that environments give
     # Observations per pass through the networks. A GPU takes whole minibatches: a second forward pass would overwrite
     # the gradients that the CUDA graph of the first one left. On a CPU, 256 at a time are within 3 % of the fastest and
-    # keep the activations small.
-    chunk_size = S * T if device.type == "cuda" else 256
+    # keep the activations small; 128 do where two networks hold them.
+    chunk_size = S * T if device.type == "cuda" else 256 if args.arch == "shared" else 128
 
     lock = open_run_dir(args)
     announce(args, agent, phase_obs, device, policy_bf16, aux_bf16)
