@@ -3,6 +3,8 @@
     python ppg_procgen.py --env-id starpilot --arch shared          # one encoder: the faster variant
     python ppg_procgen.py --env-id starpilot                        # the paper's two networks
     python ppg_procgen.py --resume RUN_DIR                          # continue a run that was stopped
+    torchrun --nproc-per-node 4 ppg_procgen.py --num-envs 256       # several processes, on one machine or more
+    python ppg_procgen.py --evaluate 200 --agent RUN_DIR/agent.pt   # on training levels and on levels it never saw
 
 Paper: Cobbe, Hilton, Klimov, Schulman 2020, "Phasic Policy Gradient", arXiv:2009.04416. "Official" below is the
 authors' code, github.com/openai/phasic-policy-gradient at commit 7295473. Its Algorithm 1 is `train`. In brief:
@@ -60,6 +62,8 @@ import signal
 import sys
 import threading
 import time
+import warnings
+from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 
@@ -73,12 +77,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from gym_notices import notices
+from torch import distributed as dist
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 notices.notices.clear()  # `import gym` would print four lines about its end of life to stderr; gym 0.26.2 is pinned
+warnings.filterwarnings("ignore", "pkg_resources is deprecated")  # by the video writer that gym3 pins
 import gym
+from gym3 import VideoRecorderWrapper
 from procgen import ProcgenGym3Env
+
+# Which process this is, of how many, in all and on this machine: from torchrun, without it 0 of 1.
+RANK, WORLD_SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+LOCAL_RANK, LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 # ---------------------------------------------------------------------------------------------------------------- flags
 
@@ -92,9 +103,9 @@ def parse_args(argv=None):
     flag("--distribution-mode", default="easy", help="easy, hard, or what else the game has (paper: hard)")
     flag("--num-levels", type=UINT, default=0, help="number of training levels, 0 = all (paper: 0)")
     flag("--start-level", type=UINT, default=0, help="first training level, with --num-levels only")
-    flag("--num-envs", type=COUNT, default=64, help="environments that step together (paper: 256)")
+    flag("--num-envs", type=COUNT, default=64, help="environments of all processes (paper: 256)")
     flag("--num-steps", type=COUNT, default=256, help="steps of each environment per rollout (paper: 256)")
-    flag("--total-timesteps", type=COUNT, default=25_000_000, help="environment steps in all (paper: 100e6)")
+    flag("--total-timesteps", type=COUNT, default=25_000_000, help="environment steps of all processes (paper: 100e6)")
     flag("--seed", type=UINT, default=1, help="seed of torch, numpy and Procgen")
     # networks
     flag("--arch", default="dual", choices=("dual", "shared"), help="two networks, or one (paper: dual)")
@@ -119,6 +130,11 @@ def parse_args(argv=None):
         "--num-aux-minibatches", type=COUNT, default=16, help="auxiliary minibatches per epoch and rollout (paper: 16)"
     )
     flag("--aux-learning-rate", type=POSITIVE, default=5e-4, help="Adam's step size, auxiliary phase (paper: 5e-4)")
+    # evaluation
+    flag("--eval-episodes", type=UINT, default=0, help="episodes on held-out levels after each phase, 0 = none")
+    flag("--capture-video", action="store_true", help="record one episode of each evaluation, 512 x 512")
+    flag("--evaluate", type=COUNT, metavar="K", help="play K episodes with the agent of --agent, and exit")
+    flag("--agent", metavar="PATH", help="the agent.pt to --evaluate")
     # machine and output
     flag("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto = cuda where there is one")
     precision = "fp32, bf16: everywhere; auto = bf16 in the auxiliary phase only, where the hardware has it"
@@ -177,10 +193,12 @@ class ImpalaEncoder(nn.Module):
 
     def forward(self, obs, bf16=False):
         # [B, H, W, C] permuted to [B, C, H, W] *is* channels_last: no copy. 0..255 are exact in bfloat16.
-        x = obs.permute(0, 3, 1, 2).to(torch.bfloat16 if bf16 else torch.float32) / 255
+        x = obs.permute(0, 3, 1, 2).to(torch.bfloat16 if bf16 else self.dense.weight.dtype) / 255
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=bf16):
             features = F.relu(self.dense(F.relu(self.stacks(x)).flatten(1)))  # flattened as (c, h, w)
-        return features.float()  # the heads stay fp32 in every precision: their outputs enter ratios and KLs
+        return features.to(
+            self.dense.weight.dtype
+        )  # the heads stay fp32 in every precision: their outputs enter ratios and KLs
 
 
 class Agent(nn.Module):
@@ -216,7 +234,7 @@ class ProcgenVectorEnv:
     An episode's end is `terminated`, Procgen's time limit included, which it does not report."""
 
     def __init__(self, env_id, num_envs, seed, **options):
-        threads = len(os.sched_getaffinity(0))
+        threads = max(1, len(os.sched_getaffinity(0)) // LOCAL_WORLD_SIZE)
         self.procgen = ProcgenGym3Env(num_envs, env_id, rand_seed=seed, num_threads=threads, **options)
         self.num_envs, self.close = num_envs, self.procgen.close
         self.fresh = True  # no step yet: the observations begin episodes
@@ -247,42 +265,14 @@ class ProcgenVectorEnv:
         self.procgen.callmethod("set_state", [state.numpy().tobytes() for state in states.values()])
 
 
-def make_envs(args):
+def make_envs(args, num_envs, seed, held_out=False, **options):
     """Replace this to train elsewhere: return any gym vector env with uint8 images [H, W, C] and discrete actions."""
-    options = {"distribution_mode": args.distribution_mode}
+    start, number = args.start_level, args.num_levels
+    if held_out and number:  # all levels after the training ones; 0 would be all, the training ones too
+        start, number = start + number, 2**31 - 1 - (start + number)
     if args.distribution_mode != "exploration":  # which has a level of its own
-        options |= {"num_levels": args.num_levels, "start_level": args.start_level}
-    return ProcgenVectorEnv(args.env_id, args.num_envs, args.seed, **options)
-
-
-class EpisodeStatistics:
-    """Undiscounted returns and lengths of all episodes that end, from the raw rewards."""
-
-    def __init__(self, num_envs):
-        self.under_way = torch.zeros(num_envs, 2, dtype=torch.float64)  # return and length so far
-        self.ended = []  # [return, length] of the episodes that ended in this rollout
-        self.recent = []  # returns of the last 100 episodes
-
-    def update(self, rewards, dones):
-        """One step's rewards and dones, [N] each."""
-        self.under_way += torch.stack([rewards, torch.ones_like(rewards)], dim=1)
-        self.ended += self.under_way[dones > 0].tolist()
-        self.under_way[dones > 0] = 0
-
-    def end_rollout(self, return_range):
-        """-> what to log of the rollout {tag: scalar}; its own means only where an episode ended."""
-        ended, self.ended = self.ended, []
-        self.recent = [*self.recent, *(total for total, _ in ended)][-100:]
-        scalars = {"charts/episodes": len(ended)}
-        if self.recent:
-            scalars["charts/episodic_return_100"] = np.mean(self.recent)
-        if ended:
-            mean_return, mean_length = np.mean(ended, axis=0)
-            scalars |= {"charts/episodic_return": mean_return, "charts/episodic_length": mean_length}
-        if ended and return_range:
-            low, high = return_range
-            scalars["charts/normalized_return"] = (mean_return - low) / (high - low)
-        return scalars
+        options |= {"start_level": start, "num_levels": number}
+    return ProcgenVectorEnv(args.env_id, num_envs, seed, distribution_mode=args.distribution_mode, **options)
 
 
 class RewardNormalizer:
@@ -305,6 +295,7 @@ class RewardNormalizer:
             self.discounted = self.gamma * self.discounted + rewards[:, t]
             sums[:, t] = self.discounted
             self.discounted = self.discounted * (1 - dones[:, t])
+        sums = torch.cat(gather(sums))
         n, mean, var = sums.numel(), sums.mean().item(), sums.var(correction=0).item()
         total, delta = self.count + n, mean - self.mean
         self.var = (self.var * self.count + var * n + delta**2 * self.count * n / total) / total
@@ -427,16 +418,19 @@ def chunks(batch, size):
 def train(args, run_dir):
     """Algorithm 1 of the paper -> the trained Agent. Writes TensorBoard files, agent.pt and checkpoints to run_dir."""
     device, policy_bf16, aux_bf16 = choose_device(args)
-    N, T = args.num_envs, args.num_steps
-    num_rollouts = math.ceil(args.total_timesteps / (N * T))  # deviation 3: rounded up
+    N, T = args.num_envs // WORLD_SIZE, args.num_steps  # of this process
+    num_rollouts = math.ceil(args.total_timesteps / (args.num_envs * T))  # deviation 3: rounded up
     has_aux_phase = args.e_aux > 0 and num_rollouts >= args.n_pi
     S = N * (args.n_pi if has_aux_phase else 1)
     storage = choose_storage(args, device, S)  # before anything large is made
-    for seed in (random.seed, np.random.seed, torch.manual_seed):  # the first two for environments that draw from them
-        seed(args.seed)
-    envs = make_envs(args)
+    for seed in (random.seed, np.random.seed):  # for environments that draw from them
+        seed(stream_seed(args.seed, RANK))
+    torch.manual_seed(args.seed)
+    envs = make_envs(args, N, stream_seed(args.seed, RANK))
     image, num_actions = envs.single_observation_space.shape, int(envs.single_action_space.n)
-    agent = Agent(image, num_actions, args.arch).to(device)
+    agent = Agent(image, num_actions, args.arch).to(device)  # the same on all ranks; what follows differs by rank
+    if RANK:
+        torch.manual_seed(stream_seed(args.seed, RANK))
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
     aux_optimizer = torch.optim.Adam(agent.parameters(), lr=args.aux_learning_rate, fused=True)
     if args.compile:  # every pass through the networks, pi_old's too; parameters keep their names
@@ -458,16 +452,20 @@ def train(args, run_dir):
     numerics = announce(args, agent, aux_obs, device, policy_bf16, aux_bf16)
     state = {"agent": agent, "optimizer": optimizer, "aux_optimizer": aux_optimizer, "envs": envs}
     state |= {"episodes": vars(episodes), "normalize": vars(normalize)}
+    if args.eval_episodes:
+        evaluation = Evaluation(args, args.eval_episodes, run_dir)
     next_obs, _ = envs.reset()
     first_phase = global_step = 0
     if args.resume:
         first_phase, global_step, next_obs = restore(run_dir, state, numerics, next_obs)
     elif args.checkpoint_every:
         save_checkpoint(run_dir, args, state, numerics, 0, 0, next_obs)
-    log = Log(args, run_dir, global_step, num_rollouts * N * T)
+    check_equal(agent)
+    log = Log(args, run_dir, global_step, num_rollouts * args.num_envs * T)
 
     for phase in range(first_phase + 1, math.ceil(num_rollouts / args.n_pi) + 1):
         # ---- Policy phase (Alg. 1): N_pi iterations of rollout and update; the last phase may be shorter ----
+        log.start_phase()
         iterations = min(args.n_pi, num_rollouts - (phase - 1) * args.n_pi)
         for i in range(iterations):
             # Roll out the current policy; dones[:, t] tells that step t, taken in obs[:, t], ended an episode.
@@ -480,15 +478,17 @@ def train(args, run_dir):
                 rewards[:, t], dones[:, t] = torch.from_numpy(reward), torch.from_numpy(terminated | truncated)
                 episodes.update(rewards[:, t], dones[:, t])
             values[:, T] = act(agent, torch.from_numpy(next_obs).to(device), policy_bf16)[2]  # for GAE; not a step
-            global_step += N * T
+            global_step += args.num_envs * T
             log.lap("rollout")
 
-            # V^targ, A <- GAE, on the host: T small operations in a row. A is normalised over the full batch, not over
-            # each minibatch, so that an advantage does not depend on the segments it was drawn with.
+            # V^targ, A <- GAE, on the host: T small operations in a row. A is normalised over the full batch of all
+            # processes, not over each minibatch: it shall not depend on the segments that it was drawn with.
             scaled_rewards = normalize(rewards, dones)
             advantages, targets = compute_gae(scaled_rewards, values, dones, args.gamma, args.gae_lambda)
             explained_variance = 1 - (targets - values[:, :-1]).var() / targets.var()
-            advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
+            log.add({"losses/explained_variance": explained_variance.nan_to_num()}, 1.0)
+            all_advantages = torch.cat(gather(advantages))
+            advantages = (advantages - all_advantages.mean()) / (all_advantages.std(correction=0) + 1e-8)
             aux_targets[segments] = targets  # B += (s, V^targ); s is in place already
 
             # E_pi epochs of -L^clip - beta_S * entropy w.r.t. theta_pi, E_V epochs of L^value w.r.t. theta_V, side by
@@ -501,11 +501,11 @@ def train(args, run_dir):
                     loss, metrics = policy_phase_loss(agent, chunk, args, policy_bf16, train_policy, train_value)
                     (share * loss).backward()
                     log.add(metrics, share)
+                average_gradients(agent)
                 optimizer.step()
 
             log.lap("policy_phase")
-            scalars = episodes.end_rollout(getattr(envs, "return_range", None))
-            scalars["losses/explained_variance"] = explained_variance.item()
+            scalars = episodes.end_rollout(envs)
             scalars["charts/learning_rate"] = args.learning_rate
             log.write_iteration(phase, global_step, scalars)
 
@@ -527,19 +527,22 @@ def train(args, run_dir):
                     loss, metrics = auxiliary_phase_loss(agent, chunk, args, aux_bf16)
                     (share * loss).backward()
                     log.add(metrics, share)
+                average_gradients(agent)
                 aux_optimizer.step()
                 log.print_auxiliary(phase, (k + 1) / (S // size), args.e_aux)
             log.lap("auxiliary_phase")
             log.write(f"auxiliary phase {phase}", global_step, {})
 
         # ---- Phase boundary: the buffer is used up, so that a checkpoint is small and exact ----
+        check_equal(agent)
         check_finite(agent.state_dict(), f"phase {phase}, step {global_step}")
+        if args.eval_episodes:
+            log.write("evaluation", global_step, evaluation.run(agent, device, policy_bf16, global_step))
         weights = {"args": vars(args), "image": image, "global_step": global_step, "agent": agent.state_dict()}
         save(run_dir / "agent.pt", weights)
         due = args.checkpoint_every and (phase % args.checkpoint_every == 0 or phase == num_rollouts // args.n_pi)
         if due and iterations == args.n_pi:
             save_checkpoint(run_dir, args, state, numerics, phase, global_step, next_obs)
-        log.end_phase(global_step)
     log.print_summary(run_dir)
     envs.close()
     return agent
@@ -558,16 +561,55 @@ def check_finite(values, where):
             raise Stopped(f"{name} is not finite in {where}; try a smaller learning rate")
 
 
+class EpisodeStatistics:
+    """Undiscounted returns and lengths of all episodes that end, from the raw rewards."""
+
+    def __init__(self, num_envs):
+        self.under_way = torch.zeros(num_envs, 2, dtype=torch.float64)  # return and length so far
+        self.ended = []  # [return, length] of the episodes that ended in this rollout
+        self.recent = []  # returns of the last 100 episodes
+
+    def update(self, rewards, dones):
+        """One step's rewards and dones, [N] each."""
+        self.under_way += torch.stack([rewards, torch.ones_like(rewards)], dim=1)
+        self.ended += self.under_way[dones > 0].tolist()
+        self.under_way[dones > 0] = 0
+
+    def end_rollout(self, envs):
+        """-> what to log of the rollout {tag: scalar}; its own means only where an episode ended."""
+        ended, self.ended = [episode for part in gather(self.ended) for episode in part], []
+        self.recent = [*self.recent, *(total for total, _ in ended)][-100:]
+        scalars = {"charts/episodes": len(ended)}
+        if self.recent:
+            scalars["charts/episodic_return_100"] = np.mean(self.recent)
+        if ended:
+            mean_return, mean_length = np.mean(ended, axis=0)
+            scalars |= {"charts/episodic_return": mean_return, "charts/episodic_length": mean_length}
+            scalars |= normalized("charts", mean_return, envs)
+        return scalars
+
+
+def normalized(group, mean_return, envs):
+    """-> {tag: 0 at R_min, 1 at R_max}, or {} where the environments have no return_range."""
+    low, high = getattr(envs, "return_range", None) or (math.nan, math.nan)
+    return {} if math.isnan(low) else {f"{group}/normalized_return": (mean_return - low) / (high - low)}
+
+
 class Log:
     """TensorBoard, the console, and the times and rates that they show."""
 
     def __init__(self, args, run_dir, step, total):
-        self.writer = SummaryWriter(run_dir, purge_step=step + 1)  # drops what a killed run logged after its checkpoint
-        flags = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
-        self.writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{flags}", step)
-        self.phase_step, self.total = step, total  # at the last phase boundary, at the end
-        self.sums, self.seconds, self.phases = {}, {}, []
-        self.start = self.phase_start = self.lap_start = self.last_line = time.perf_counter()
+        if RANK == 0:
+            self.writer = SummaryWriter(run_dir, purge_step=step + 1)  # without what came after the last checkpoint
+            flags = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
+            self.writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{flags}", step)
+        self.first, self.total, self.phase = step, total, args.n_pi * args.num_envs * args.num_steps  # steps
+        self.start, self.sums = time.perf_counter(), {}
+        self.times = []  # {part of the algorithm: seconds} of each phase
+
+    def start_phase(self):
+        self.times.append(Counter())
+        self.lap_start = self.last_line = time.perf_counter()
 
     def add(self, metrics, weight):
         """Take {tag: scalar} into the means, which stay on the device until they are written."""
@@ -580,30 +622,33 @@ class Log:
 
     def lap(self, part):
         """Book the time since the last lap to this part of the algorithm."""
-        now = time.perf_counter()
-        self.add({f"time/{part}": torch.tensor(now - self.lap_start)}, 1.0)
-        self.seconds[part] = self.seconds.get(part, 0.0) + now - self.lap_start
-        self.lap_start = now
+        seconds = time.perf_counter() - self.lap_start
+        self.times[-1][part] += seconds
+        self.add({f"time/{part}": torch.tensor(seconds)}, 1.0)
+        self.lap_start += seconds
 
     def write(self, where, step, scalars):
         """Means since the last time, and these scalars. Stops the run at a mean that is NaN or infinite."""
-        means, self.sums = self.means(), {}
+        parts, self.sums = gather(self.means()), {}
+        means = {tag: sum(part[tag] for part in parts) / WORLD_SIZE for tag in parts[0]}
         check_finite(means, f"{where}, step {step}")
-        for tag, value in (means | scalars).items():
-            self.writer.add_scalar(tag, value, step)
-        self.writer.flush()
+        if RANK == 0:
+            for tag, value in (means | scalars).items():
+                self.writer.add_scalar(tag, value, step)
+            self.writer.flush()
         LIBC.malloc_trim(0)
         return means
 
     def write_iteration(self, phase, step, scalars):
         """Write, and print a line. The rate is that of the last phase, auxiliary phase included, once there is one."""
-        steps, seconds = self.phases[-1] if self.phases else (step - self.phase_step, time.perf_counter() - self.start)
-        left = timedelta(seconds=round((self.total - step) * seconds / steps)) if self.phases else "?"
-        means = self.write(f"policy phase {phase}", step, {**scalars, "charts/SPS": steps / seconds})
+        first = len(self.times) == 1
+        rate = (step - self.first if first else self.phase) / self.times[-1 if first else -2].total()
+        left = "?" if first else timedelta(seconds=round((self.total - step) / rate))
+        means = self.write(f"policy phase {phase}", step, {**scalars, "charts/SPS": rate})
         recent, kl = scalars.get("charts/episodic_return_100", math.nan), means["losses/approx_kl"]
         line = f"step {step:,}/{self.total:,} {step / self.total:.1%} | return {recent:.2f}"
-        line += f" (n={scalars['charts/episodes']}) | kl {kl:.4f} | ev {scalars['losses/explained_variance']:.2f}"
-        print(f"{line} | {steps / seconds:,.0f} steps/s | left {left}", flush=True)
+        line += f" (n={scalars['charts/episodes']}) | kl {kl:.4f} | ev {means['losses/explained_variance']:.2f}"
+        print(f"{line} | {rate:,.0f} steps/s | left {left}", flush=True)
 
     def print_auxiliary(self, phase, epochs, e_aux):
         """A line at the end of each epoch, and once a minute. The means are those of the epoch."""
@@ -615,21 +660,17 @@ class Log:
         if epochs.is_integer() and epochs < e_aux:
             self.sums = {}
 
-    def end_phase(self, step):
-        now = time.perf_counter()
-        self.phases.append((step - self.phase_step, now - self.phase_start))
-        self.phase_step, self.phase_start, self.lap_start = step, now, now
-
     def print_summary(self, run_dir):
-        if not self.phases:
-            print(f"{run_dir} is complete at step {self.phase_step:,}: a larger --total-timesteps extends it")
+        if not self.times:
+            print(f"{run_dir} is complete at step {self.first:,}: a larger --total-timesteps extends it")
             return
-        steps, seconds = np.sum(self.phases[1:] or self.phases, axis=0)
-        total = sum(self.seconds.values())
-        shares = ", ".join(f"{part.replace('_', ' ')} {t / total:.0%}" for part, t in self.seconds.items())
-        done = f"done in {timedelta(seconds=round(time.perf_counter() - self.start))}"
-        counted = "after the first phase" if self.phases[1:] else "in one phase"
-        print(f"{done} | {steps / seconds:,.0f} steps/s {counted} | {shares} | {run_dir}/agent.pt", flush=True)
+        whole = self.times[: (self.total - self.first) // self.phase] or self.times  # the last may be cut short
+        counted = sum(whole[1:] or whole, Counter())
+        steps = min(len(whole[1:] or whole) * self.phase, self.total - self.first)
+        rate = f"{steps / counted.total():,.0f} steps/s {'after the first phase' if whole[1:] else 'in one phase'}"
+        shares = ", ".join(f"{part.replace('_', ' ')} {t / counted.total():.0%}" for part, t in counted.items())
+        wall = timedelta(seconds=round(time.perf_counter() - self.start))
+        print(f"done in {wall} | {rate} | {shares} | {run_dir}/agent.pt", flush=True)
 
 
 # ------------------------------------------------------------------ plumbing: run directory, checkpoint, resume, signals
@@ -637,28 +678,33 @@ class Log:
 
 @contextlib.contextmanager
 def run_directory(args):
-    """Make the run directory, or enter that of --resume -> its Path, locked until the `with` block ends."""
+    """Make the run directory, or enter that of --resume -> its Path, locked until the `with` block ends. By rank 0."""
     name = f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run_dir = Path(args.resume or args.run_dir or name)
+    run_dir, lock = Path(args.resume or args.run_dir or name), contextlib.nullcontext()
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = (run_dir / ".lock").open("w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it however the process ends
+        if RANK == 0:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            lock = (run_dir / ".lock").open("w")
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it however the process ends
     except BlockingIOError:
         fail(f"another process is running in {run_dir}: choose another --run-dir")
     except OSError as error:
         fail(f"cannot write into the run directory {run_dir}: {error.strerror}")
     with lock:
-        if not args.resume and any(run_dir.glob("*.pt")):
+        if RANK == 0 and not args.resume and any(run_dir.glob("*.pt")):
             resume = (
-                f"continue it with --resume {shlex.quote(str(run_dir))}, or " if load_checkpoint(run_dir)[1] else ""
+                f"continue it with --resume {shlex.quote(str(run_dir))}, or "
+                if any(run_dir.glob("checkpoint*.pt"))
+                else ""
             )
             fail(f"{run_dir} already holds a run: {resume}choose another --run-dir")
-        yield run_dir
+        yield gather(run_dir)[0]
 
 
 def save(path, data, previous=None):
     """Write data and checksum to a new file, then rename: `path` (old: `previous`) is complete at every instant."""
+    if RANK:
+        return
     torch.save(data, buffer := io.BytesIO())  # by way of a buffer: torch turns a full disk into an internal error
     content, unfinished = buffer.getvalue(), path.with_suffix(".partial")  # a leftover is overwritten
     with unfinished.open("wb") as file:
@@ -682,10 +728,11 @@ def load_agent(path, device="cpu"):
 def save_checkpoint(run_dir, args, state, numerics, phase, global_step, next_obs):
     """Everything needed to continue from a phase boundary, as tensors and plain values, which weights_only can load."""
     data = {"args": {**vars(args), "resume": None}, "numerics": numerics, "phase": phase, "global_step": global_step}
-    data |= {name: part.state_dict() for name, part in state.items() if hasattr(part, "state_dict")}
-    data |= {name: part for name, part in state.items() if isinstance(part, dict)}
-    data["next_obs"], data["cpu_random"] = torch.from_numpy(next_obs), torch.get_rng_state()
-    data["cuda_random"] = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    data |= {name: state[name].state_dict() for name in ("agent", "optimizer", "aux_optimizer")}
+    mine = {"next_obs": torch.from_numpy(next_obs), "cpu_random": torch.get_rng_state()}
+    mine["cuda_random"] = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    mine["envs"] = state["envs"].state_dict() if hasattr(state["envs"], "state_dict") else None
+    data["ranks"] = gather({**mine, "episodes": state["episodes"], "normalize": state["normalize"]})
     save(run_dir / "checkpoint.pt", data, previous=run_dir / "checkpoint.previous.pt")
 
 
@@ -701,35 +748,165 @@ def load_checkpoint(run_dir):
 def restore(run_dir, state, numerics, next_obs):
     """Put a checkpoint's content back into place -> phase, global_step, the observations to go on from."""
     path, data = load_checkpoint(run_dir)
-    if path.name != "checkpoint.pt":
+    mine = data["ranks"][RANK]
+    gather(None)  # all have read it
+    if path.name != "checkpoint.pt" and RANK == 0:
         print(f"warning: checkpoint.pt is missing or damaged, going on from {path.name}", file=sys.stderr)
         os.replace(path, run_dir / "checkpoint.pt")
-    if data["numerics"] != numerics:
+    if data["numerics"] != numerics and RANK == 0:
         print(f"warning: not bit-identical: saved on {data['numerics']}, resumed on {numerics}", file=sys.stderr)
-    if "envs" not in data:
+    for name in ("agent", "optimizer", "aux_optimizer"):
+        state[name].load_state_dict(data[name])
+    for name in ("episodes", "normalize"):
+        state[name].update(mine[name])
+    torch.set_rng_state(mine["cpu_random"])
+    if torch.cuda.is_initialized() and mine["cuda_random"] is not None:
+        torch.cuda.set_rng_state(mine["cuda_random"])
+    if mine["envs"] is not None:
+        state["envs"].load_state_dict(mine["envs"])
+        next_obs = mine["next_obs"].numpy()
+    else:
         print("warning: these environments have no state_dict; their episodes begin anew", file=sys.stderr)
-        data["next_obs"] = torch.from_numpy(next_obs)
-        for sums in (data["episodes"]["under_way"], data["normalize"]["discounted"]):
+        for sums in (state["episodes"]["under_way"], state["normalize"]["discounted"]):
             sums.zero_()
-    for name in state.keys() & data.keys():
-        (state[name].update if isinstance(state[name], dict) else state[name].load_state_dict)(data[name])
-    torch.set_rng_state(data["cpu_random"])
-    if torch.cuda.is_initialized() and data["cuda_random"] is not None:
-        torch.cuda.set_rng_state(data["cuda_random"])
-    return data["phase"], data["global_step"], data["next_obs"].numpy()
+    return data["phase"], data["global_step"], next_obs
 
 
 def stop(args, run_dir, reason, status):
     """End at once and say what is saved. No clean-up: the last checkpoint is complete at every instant."""
-    _, data = load_checkpoint(run_dir)
-    saved = "nothing to resume is saved"
+    if RANK:
+        time.sleep(30 if status == 1 else 0)  # rank 0 says why; when it has ended, torchrun ends this process
+        os._exit(status)
+    saved, data = "nothing to resume is saved", None
+    with contextlib.suppress(OSError, RuntimeError, pickle.UnpicklingError):
+        data = load_checkpoint(run_dir)[1]
     if data:
-        first = args.checkpoint_every * args.n_pi * args.num_envs * args.num_steps
-        nothing = f"nothing but the start is saved, the first checkpoint comes at step {first:,}"
+        rollout = args.num_envs * args.num_steps
+        phases = min(args.checkpoint_every, math.ceil(args.total_timesteps / rollout) // args.n_pi)
+        first = f"the first checkpoint comes at step {phases * args.n_pi * rollout:,}"
+        nothing = f"nothing but the start is saved, {first if phases else 'no checkpoint comes'}"
         saved = f"saved up to step {data['global_step']:,}" if data["global_step"] else nothing
-        saved += f"; continue with: {shlex.join([sys.executable, sys.argv[0], '--resume', str(run_dir)])}"
+        launcher = ["torchrun", f"--nproc-per-node={LOCAL_WORLD_SIZE}"] if WORLD_SIZE > 1 else [sys.executable]
+        saved += f"; continue with: {shlex.join([*launcher, sys.argv[0], '--resume', str(run_dir)])}"
     os.write(2, f"\n{Path(__file__).name}: {reason}: {saved}\n".encode())
     os._exit(status)
+
+
+# --------------------------------------------------------------------------------------- plumbing: evaluation and video
+
+
+class Evaluation:
+    """Plays K episodes on held-out levels, and on the training levels where they are finite, in environments and with
+    random numbers of its own: training is the same, bit for bit, without it. Every evaluation of a run begins in the
+    same state, so that all see the same levels and a checkpoint need not know of them. The processes share K."""
+
+    def __init__(self, args, num_episodes, run_dir):
+        num_envs, self.seed = max(1, min(num_episodes, 64) // WORLD_SIZE), stream_seed(args.seed, 1000 + RANK)
+        self.run_dir, self.quota = run_dir, math.ceil(num_episodes / (num_envs * WORLD_SIZE))
+        finite = args.num_levels and args.distribution_mode != "exploration"
+        kinds = {"training": False, "held-out": True} if finite else {"fresh": True}  # all levels, from another seed
+        self.envs = {name: make_envs(args, num_envs, self.seed, held_out) for name, held_out in kinds.items()}
+        self.start = {name: envs.state_dict() for name, envs in self.envs.items() if hasattr(envs, "state_dict")}
+        self.screen = None
+        if args.capture_video and RANK == 0:
+            self.screen = make_envs(args, 1, self.seed, held_out=True, render_mode="rgb_array").procgen
+
+    def play(self, envs, policy):
+        """-> the returns of each environment's quota. The episodes that end first, of all, would be the short ones."""
+        returns, totals = [[] for _ in range(envs.num_envs)], np.zeros(envs.num_envs)
+        obs, _ = envs.reset()
+        while min(map(len, returns)) < self.quota:
+            obs, rewards, terminated, truncated, _ = envs.step(policy(obs))
+            totals += rewards
+            for i in np.flatnonzero(terminated | truncated):
+                returns[i].append(totals[i])
+                totals[i] = 0
+        return [episode_return for part in returns for episode_return in part[: self.quota]]
+
+    @torch.random.fork_rng()
+    def run(self, agent, device, bf16, step):
+        """Print a line for each kind of levels -> scalars to log."""
+
+        def policy(obs):
+            return act(agent, torch.from_numpy(obs).to(device), bf16)[0].cpu().numpy()
+
+        torch.manual_seed(self.seed)
+        means = {}
+        for name, envs in self.envs.items():
+            if name in self.start:
+                envs.load_state_dict(self.start[name])
+            returns = np.concatenate(gather(self.play(envs, policy)))
+            means[name], error = returns.mean(), returns.std() / math.sqrt(len(returns))
+            scalars = {"eval/episodic_return": means[name], **normalized("eval", means[name], envs)}
+            score = scalars.get("eval/normalized_return")
+            score = "no range to normalise by" if score is None else f"normalised {score:.3f}"
+            line = f"return {means[name]:.2f} +- {error:.2f}, {score}, {len(returns)} episodes"
+            print(f"  evaluation on {name} levels: {line}", flush=True)
+        if "training" in means:
+            scalars["eval/generalization_gap"] = means["training"] - means["held-out"]
+        if self.screen:
+            folder = self.run_dir / "videos"
+            recorder = VideoRecorderWrapper(self.screen, folder, info_key="rgb", prefix=f"step-{step}-")
+            ended = False
+            while not ended:  # one episode
+                recorder.act(policy(recorder.observe()[1]["rgb"]))
+                ended = recorder.observe()[2][0]
+            os.replace(recorder.videopath, folder / f"step-{step}.mp4")
+        return scalars
+
+
+def evaluate(args):
+    """--evaluate K --agent PATH: play, print, and that is all."""
+    device, bf16, _ = choose_device(args)
+    try:
+        agent, trained = load_agent(args.agent, device)
+    except (OSError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
+        fail(f"--agent {args.agent}: not an agent.pt: {str(error).splitlines()[0]}")
+    trained.capture_video = args.capture_video
+    Evaluation(trained, args.evaluate, Path(args.agent).parent).run(agent, device, bf16, "evaluated")
+
+
+# ------------------------------------------------------------------------------ plumbing: several processes (torchrun)
+
+
+def together(operation, *arguments):
+    """An operation of all processes; where another one has died, this one ends too."""
+    try:
+        operation(*arguments)
+    except RuntimeError as error:
+        raise Stopped("another process has ended") from error
+
+
+def gather(value):
+    """-> [the value of every process]."""
+    values = [value] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        together(dist.all_gather_object, values, value)
+    return values
+
+
+def average_gradients(agent):
+    """Average all gradients over all processes in one call. Not by DistributedDataParallel: it would do so at every
+    backward, of each chunk here, and wants one for every parameter, also for those that no loss reaches."""
+    if WORLD_SIZE > 1:
+        gradients = [p.grad for p in agent.parameters() if p.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients]) / WORLD_SIZE
+        together(dist.all_reduce, flat)
+        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
+
+def check_equal(agent):
+    """Stop the run where the processes' parameters differ by a bit."""
+    parameters = b"".join(p.detach().cpu().numpy().tobytes() for p in agent.parameters())
+    if len(set(gather(hashlib.sha256(parameters).digest()))) > 1:
+        raise Stopped("the processes' parameters differ")
+
+
+def stream_seed(seed, rank):
+    """-> the seed of a rank's random streams, which is the seed itself on rank 0. The multiples of this number (2^32 by
+    the golden ratio) lie apart: no two pairs of 100,000 seeds and 1,000 ranks share one, as seed + rank would."""
+    return (seed + rank * 0x9E3779B1) % 2**31
 
 
 # --------------------------------------------------------------------------------- plumbing: device, precision, memory
@@ -743,8 +920,11 @@ def choose_device(args):
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: torch finds no CUDA device here; leave the flag out or use --device cpu")
     device = torch.device("cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu")
+    if WORLD_SIZE > 1 and os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's own choice if the user made none
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // LOCAL_WORLD_SIZE))
     torch.backends.cudnn.allow_tf32 = args.precision != "fp32"  # convolutions, 98 % of all products; heads stay fp32
     if device.type == "cuda":
+        torch.cuda.set_device(LOCAL_RANK)
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         has_bf16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
@@ -771,7 +951,7 @@ def choose_storage(args, device, segments):
     needed, working = segments * args.num_steps * 64 * 64 * 3, 1_500_000_000  # Procgen's observations; all else
     if device.type == "cuda" and needed + 6e9 < torch.cuda.mem_get_info()[0]:  # 5.0 GB of activations, 1 to spare
         return device
-    if needed + working > (free := free_memory()):
+    if needed + working > (free := free_memory() // LOCAL_WORLD_SIZE):
         fits = int((free - working) / needed * args.n_pi)
         advice = f"--n-pi {fits} is the largest that fits" if fits > 0 else "take fewer --num-envs or --num-steps"
         fail(f"the phase buffer takes {needed:,} bytes, training {working:,} more, and {free:,} are free: {advice}")
@@ -797,6 +977,8 @@ def announce(args, agent, aux_obs, device, policy_bf16, aux_bf16):
 
 def fail(message):
     """End with exit status 2 and one line on stderr: what is wrong, and what would be right."""
+    if LOCAL_RANK:
+        time.sleep(30)  # the first process of the machine says it; when it has ended, torchrun ends this one
     print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -859,10 +1041,19 @@ def check_flags(parser, argv):
             fail(f"--resume {args.resume}: not the directory of a run with a complete, undamaged checkpoint")
         if differing := sorted(data["args"].keys() ^ names.keys()):
             fail(f"--resume {args.resume}: written by another version of this script; differing flags: {differing}")
+        if len(data["ranks"]) != WORLD_SIZE:
+            fail(f"--resume {args.resume}: a run of {len(data['ranks'])} processes, and this is {WORLD_SIZE}")
         saved = {**data["args"], "run_dir": args.resume}  # a run directory may have been moved
         parser.set_defaults(**saved)
         args = parser.parse_args(argv)
-        for name in saved.keys() - {"resume", "total_timesteps", "checkpoint_every", "device"}:
+        for name in saved.keys() - {
+            "resume",
+            "total_timesteps",
+            "checkpoint_every",
+            "device",
+            "eval_episodes",
+            "capture_video",
+        }:
             if getattr(args, name) != saved[name]:
                 fail(f"{names[name]} {getattr(args, name)}: the run has {saved[name]}")
     if args.env_id not in GAMES:
@@ -877,10 +1068,17 @@ def check_flags(parser, argv):
     if args.arch == "dual" and args.detach_value != "policy":
         fail(f"--detach-value {args.detach_value}: only for --arch shared")
     for name in ("num_minibatches", "num_aux_minibatches") if args.e_aux else ("num_minibatches",):
-        if args.num_envs % getattr(args, name):
-            fail(f"--num-envs {args.num_envs} is not a multiple of {names[name]} {getattr(args, name)}")
+        if args.num_envs % (getattr(args, name) * WORLD_SIZE):
+            each = f" x {WORLD_SIZE} processes" if WORLD_SIZE > 1 else ""
+            fail(f"--num-envs {args.num_envs} is not a multiple of {names[name]} {getattr(args, name)}{each}")
     rollout = args.num_envs * args.num_steps
-    if args.e_aux and args.total_timesteps <= rollout * (args.n_pi - 1):
+    if (args.evaluate is None) != (args.agent is None):
+        fail("--evaluate K and --agent PATH go together")
+    if args.evaluate and WORLD_SIZE > 1:
+        fail("--evaluate: in one process, without torchrun")
+    if args.capture_video and not (args.eval_episodes or args.evaluate):
+        fail("--capture-video: of what? It records evaluations; add --eval-episodes or --evaluate")
+    if LOCAL_RANK == 0 and args.e_aux and not args.evaluate and args.total_timesteps <= rollout * (args.n_pi - 1):
         shorter = "" if args.resume else f" or --n-pi {math.ceil(args.total_timesteps / rollout)}"
         advice = f"--total-timesteps {args.n_pi * rollout}{shorter} would bring one"
         print(f"warning: no auxiliary phase will run, a phase has {args.n_pi} rollouts: {advice}", file=sys.stderr)
@@ -889,13 +1087,20 @@ def check_flags(parser, argv):
 
 if __name__ == "__main__":
     args = parse_args()
-    with run_directory(args) as run_dir:
-        for s in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(s, lambda signum, _: stop(args, run_dir, signal.Signals(signum).name, 128 + signum))
-        threading.excepthook = lambda _: None  # TensorBoard's thread; what fails there is raised in the main thread too
-        try:
+    if args.evaluate:
+        raise SystemExit(evaluate(args))
+    if WORLD_SIZE > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    if RANK:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # rank 0 alone prints
+    run_dir = None
+    try:
+        with run_directory(args) as run_dir:
+            for s in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(s, lambda signum, _: stop(args, run_dir, signal.Signals(signum).name, 128 + signum))
+            threading.excepthook = lambda _: None  # TensorBoard's thread; its errors are raised in the main thread too
             train(args, run_dir)
-        except (Stopped, torch.OutOfMemoryError, OSError) as error:
-            if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise  # not a full disk
-            stop(args, run_dir, error, 1)
+    except (Stopped, torch.OutOfMemoryError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise  # not a full disk
+        stop(args, run_dir, error, 1)

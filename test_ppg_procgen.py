@@ -1,11 +1,14 @@
 """Tests of ppg_procgen.py: each docstring is the claim. Procgen, TensorBoard files, processes and signals are real."""
 
+import contextlib
 import hashlib
+import itertools
 import os
 import pickle
 import random
 import re
 import resource
+import runpy
 import shlex
 import shutil
 import signal
@@ -16,6 +19,7 @@ from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
+import imageio
 import numpy as np
 import pytest
 import torch
@@ -377,7 +381,7 @@ def test_every_game_in_every_mode(game):
     assert len(ppg.GAMES) == 16
     for mode in ppg.GAMES[game]:
         flags = f"{SMALL} --env-id {game} --distribution-mode {mode}"
-        one, other = (ppg.make_envs(parse(f"{flags} --seed {seed}")) for seed in (1, 2))
+        one, other = (ppg.make_envs(parse(flags), 4, seed) for seed in (1, 2))
         actions = np.random.default_rng(0).integers(0, 15, (60, 4))
         frames = [one.reset()[0].copy()] + [one.step(action)[0].copy() for action in actions[:30]]
         assert np.ptp(frames[0]) > 0 and any((frame != frames[0]).any() for frame in frames)
@@ -468,7 +472,7 @@ def test_policy_and_value_epochs_apart(tmp_path, record, arch, e_pi, e_v):
 def test_learning(tmp_path, monkeypatch, variant):
     """PPG with one network, with two, and PPO come from chance to 90 % of the best return in another environment."""
     envs = Quadrants(16)
-    monkeypatch.setattr(ppg, "make_envs", lambda args: envs)
+    monkeypatch.setattr(ppg, "make_envs", lambda *_, **__: envs)
     train(
         f"--num-envs 16 --num-steps 16 --num-minibatches 4 --num-aux-minibatches 4 --n-pi 4 --e-aux 1 --gamma 0.9"
         f" --learning-rate 1e-3 --aux-learning-rate 1e-3 --total-timesteps 2560 --device cpu"
@@ -489,6 +493,9 @@ EFFECTS = (
 )
 
 
+EVALUATION_FLAGS = {"--eval-episodes", "--capture-video", "--evaluate", "--agent"}
+
+
 def observe(run_dir, flags=""):
     """A small run -> its weights, the steps that it logged, its files; none of these where it ends in an error."""
     with suppress(SystemExit):
@@ -501,14 +508,14 @@ def observe(run_dir, flags=""):
 def test_every_flag_has_an_effect(tmp_path, flag, value):
     """Every flag alone changes the weights in the end, the steps that are logged or the files that are written;
     --start-level does so with --num-levels. The flags that are not in the list have tests of their own."""
-    assert FLAGS - set(EFFECTS.split()) == {"--exp-name", "--run-dir", "--resume", "--compile"}
+    assert FLAGS - set(EFFECTS.split()) == {"--exp-name", "--run-dir", "--resume", "--compile"} | EVALUATION_FLAGS
     context = "--num-levels 1" if flag == "--start-level" else ""
     assert observe(tmp_path / "with", f"{context} {flag} {value}") != observe(tmp_path / "without", context)
 
 
 def test_seed_reaches_torch(tmp_path, monkeypatch):
     """The seed is torch's too: with equal environments, two seeds end with different parameters."""
-    monkeypatch.setattr(ppg, "make_envs", lambda args: Quadrants(4))
+    monkeypatch.setattr(ppg, "make_envs", lambda *_, **__: Quadrants(4))
     runs = [observe(tmp_path / str(i), f"--seed {seed}") for i, seed in enumerate((1, 1, 2))]
     assert runs[0] == runs[1] != runs[2]
 
@@ -535,7 +542,7 @@ def test_tensorboard(tmp_path, monkeypatch, flags, clipfrac, return_range):
     envs = Quadrants(4, stagger=3)  # in rollouts of 3 steps; the first has no end of an episode
     if return_range:
         envs.return_range = return_range
-    monkeypatch.setattr(ppg, "make_envs", lambda args: envs)
+    monkeypatch.setattr(ppg, "make_envs", lambda *_, **__: envs)
     train(f"{SMALL} --run-dir {tmp_path} --num-steps 3 --total-timesteps {64 * 12 + 5} {flags}")
     logged, expected = scalars(tmp_path), {}
     returns, steps = [], range(12, 65 * 12 + 1, 12)  # 65 rollouts: rounded up, the last phase incomplete
@@ -565,16 +572,18 @@ def test_time_left(tmp_path, monkeypatch, capsys):
     """`left` is unknown in the first phase, and then goes by the rate of the last, auxiliary phase included."""
     now = [0.0]
     monkeypatch.setattr(ppg.time, "perf_counter", lambda: now[0])
-    log = ppg.Log(parse(""), tmp_path, 0, 400)
+    log = ppg.Log(parse(f"{SMALL} --n-pi 25 --num-steps 1"), tmp_path, 0, 400)
     for phase, (line_at, step, ends_at, rate, left) in enumerate(
         [(30, 50, 60, "2", "?"), (75, 150, 160, "2", "0:02:30"), (170, 250, 200, "1", "0:02:30")], 1
     ):
+        log.start_phase()
         now[0] = line_at
-        log.add({"losses/approx_kl": torch.tensor(0.0)}, 1.0)
-        log.write_iteration(phase, step, {"charts/episodes": 0, "losses/explained_variance": 0.0})
+        log.add(dict.fromkeys(("losses/approx_kl", "losses/explained_variance"), torch.tensor(0.0)), 1.0)
+        log.lap("policy_phase")
+        log.write_iteration(phase, step, {"charts/episodes": 0})
         assert capsys.readouterr().out.endswith(f"| {rate} steps/s | left {left}\n")
         now[0] = ends_at
-        log.end_phase(100 * phase)
+        log.lap("auxiliary_phase")
 
 
 @pytest.mark.parametrize(
@@ -600,7 +609,7 @@ def test_script(tmp_path):
     assert all(line.startswith(beginning) for line, beginning in zip(output, beginnings))
     assert "1,248,657 parameters" in output[0] and str(tmp_path / "agent.pt") in output[-1]
     agent, args = ppg.load_agent(tmp_path / "agent.pt")
-    actions, _, _ = ppg.act(agent, torch.from_numpy(ppg.make_envs(args).reset()[0]))
+    actions, _, _ = ppg.act(agent, torch.from_numpy(ppg.make_envs(args, 4, 1).reset()[0]))
     assert args.arch == "dual" and actions.shape == (4,) and (0 <= actions).all() and (actions < 15).all()
 
 
@@ -663,7 +672,7 @@ def test_bad_input(tmp_path, monkeypatch, capsys, flags, hint):
     (tmp_path / "file").touch(), (tmp_path / "run" / "agent.pt").touch()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(ppg, "free_memory", lambda: 8_000_000_000)
-    monkeypatch.setattr(ppg, "make_envs", lambda args: pytest.fail("environments were made"))
+    monkeypatch.setattr(ppg, "make_envs", lambda *_, **__: pytest.fail("environments were made"))
     monkeypatch.chdir(tmp_path)
     refused(f"{SMALL} {flags.format(tmp=tmp_path)}", hint.format(tmp=tmp_path), capsys)
 
@@ -687,13 +696,16 @@ def test_free_memory(tmp_path, limit, free):
         ("Stopped('a loss')", "mine.py: a loss: nothing to resume is saved"),
         ("OSError(28, 'No space left on device')", "mine.py: [Errno 28] No space left on device: nothing to resume"),
         ("FileNotFoundError(2, 'No such file')", ""),
+        ("ValueError('wrong')", ""),
     ],
 )
 def test_copy_of_the_script(tmp_path, raised, one_line):
     """A copy goes by its own name, in errors and in the run directory's. Where it stops itself or the disk is full there
     is one line and exit status 1; every other exception keeps its traceback."""
     copy = tmp_path / "mine.py"
-    copy.write_text(SCRIPT.read_text().replace("    envs = make_envs(args)", f"    raise {raised}"))
+    copy.write_text(
+        SCRIPT.read_text().replace("    envs = make_envs(args, N, stream_seed(args.seed, RANK))", f"    raise {raised}")
+    )
     status, _, errors = finish(start(SMALL, copy, cwd=tmp_path))
     assert status == 1 and [path.name.split("__")[1] for path in tmp_path.glob("runs/*")] == ["mine"]
     if one_line:
@@ -701,7 +713,7 @@ def test_copy_of_the_script(tmp_path, raised, one_line):
         error = "mine.py: error: argument --gamma: 2 is not a number from 1e-12 to 1"
         assert finish(start("--gamma 2", copy)) == (2, [], [error])
     else:
-        assert errors[0].startswith("Traceback") and "FileNotFoundError" in errors[-1]
+        assert errors[0].startswith("Traceback") and errors[-1].startswith(raised.partition("(")[0])
 
 
 @pytest.mark.parametrize(
@@ -930,16 +942,18 @@ def test_checkpoint_from_elsewhere(run_dir, capsys):
 def test_environment_that_cannot_be_saved(tmp_path, monkeypatch, capsys):
     """An environment without state_dict can be resumed; one line on stderr says that its episodes begin anew, and they
     do: the sums of rewards and the lengths of those under way start at zero."""
-    monkeypatch.setattr(ppg, "make_envs", lambda args: Quadrants(4, length=1000))
+    monkeypatch.setattr(ppg, "make_envs", lambda *_, **__: Quadrants(4, length=1000))
     train(f"{SMALL} --run-dir {tmp_path}")
     capsys.readouterr()
     train(f"--resume {tmp_path} --total-timesteps {2 * PHASE}")
     errors = capsys.readouterr().err
     assert errors.count("\n") == 1 and "begin anew" in errors
     data = ppg.load_checkpoint(tmp_path)[1]
-    returns, lengths = data["episodes"]["under_way"].T.tolist()
+    returns, lengths = data["ranks"][0]["episodes"]["under_way"].T.tolist()
     assert lengths == [16] * 4 and 0 < max(returns) <= 8
-    assert all(discounted <= total for discounted, total in zip(data["normalize"]["discounted"].tolist(), returns))
+    assert all(
+        discounted <= total for discounted, total in zip(data["ranks"][0]["normalize"]["discounted"].tolist(), returns)
+    )
 
 
 @pytest.mark.parametrize(
@@ -995,6 +1009,112 @@ def test_no_compiler(tmp_path):
     assert status == 0 and "compiler" in " ".join(errors) and position(tmp_path / "run" / "checkpoint.pt") == (1, PHASE)
 
 
+# ------------------------------------------------------------------------------------------------ evaluation and video
+
+
+def weights(run_dir):
+    return flat(ppg.load_agent(run_dir / "agent.pt")[0].state_dict())
+
+
+EVAL = f"{SMALL} --num-levels 20 --start-level 5 --eval-episodes 5"
+
+
+def test_evaluation_leaves_training_alone(tmp_path):
+    """Training is bit-identical with evaluation, and an evaluated run resumes exactly, its eval/* scalars included."""
+    plain, evaluated, extended = tmp_path / "plain", tmp_path / "evaluated", tmp_path / "extended"
+    train(f"{EVAL} --eval-episodes 0 --run-dir {plain} --total-timesteps {2 * PHASE}")
+    train(f"{EVAL} --run-dir {evaluated} --total-timesteps {2 * PHASE}")
+    assert weights(plain) == weights(evaluated)
+    train(f"{EVAL} --run-dir {extended} --total-timesteps {PHASE}")
+    train(f"--resume {extended} --total-timesteps {2 * PHASE}")
+    assert content(extended) == content(evaluated)
+    tags = ("eval/episodic_return", "eval/normalized_return", "eval/generalization_gap")
+    assert all(list(scalars(extended)[tag]) == [PHASE, 2 * PHASE] for tag in tags)
+
+
+def test_evaluation_sees_other_levels(tmp_path):
+    """Held-out levels are those after the training levels; the gap is training minus held-out, of as many episodes.
+    Where all levels are trained on, there is no gap, and the output says that the levels are only fresh."""
+    evaluation = ppg.Evaluation(parse(EVAL), 5, tmp_path)
+    seen = {name: set() for name in evaluation.envs}
+    for name, envs in evaluation.envs.items():
+        for _ in range(20):
+            seen[name] |= {info["level_seed"] for info in envs.procgen.get_info()}
+            envs.step(np.full(5, -1))
+    assert seen["training"] <= set(range(5, 25)) and len(seen["training"]) > 5
+    assert min(seen["held-out"]) >= 25 and len(seen["held-out"]) > 50
+    assert list(ppg.Evaluation(parse(SMALL), 5, tmp_path).envs) == ["fresh"]
+
+
+class Clockwork(gym.vector.VectorEnv):
+    """Episodes of i + 1 steps and return i + 1 in environment i."""
+
+    def __init__(self, num_envs):
+        super().__init__(num_envs, gym.spaces.Box(0, 255, (8, 8, 3), np.uint8), gym.spaces.Discrete(2))
+        self.steps = np.zeros(num_envs, int)
+
+    def reset_wait(self, seed=None, options=None):
+        self.steps[:] = 0
+        return np.zeros((self.num_envs, 8, 8, 3), np.uint8), {}
+
+    def step_async(self, actions):
+        self.steps += 1
+
+    def step_wait(self):
+        ended = self.steps == np.arange(self.num_envs) + 1
+        self.steps[ended] = 0
+        return np.zeros((self.num_envs, 8, 8, 3), np.uint8), np.ones(self.num_envs), ended, np.zeros_like(ended), {}
+
+
+def test_every_environment_plays_its_quota(tmp_path, monkeypatch, capsys):
+    """Short episodes are not counted more often than long ones, and the number of episodes is printed."""
+    monkeypatch.setattr(ppg, "make_envs", lambda args, num_envs, seed, held_out: Clockwork(num_envs))
+    evaluation = ppg.Evaluation(parse(""), 130, tmp_path)
+    scalars = evaluation.run(ppg.Agent((8, 8, 3), 2, "shared"), torch.device("cpu"), False, 0)
+    assert scalars == {"eval/episodic_return": 32.5}  # the mean of 1 to 64
+    assert "fresh levels: return 32.50 +- " in (line := capsys.readouterr().out) and "192 episodes" in line
+
+
+def test_evaluating_an_agent(tmp_path):
+    """--evaluate K --agent PATH plays another run's agent.pt, from another place and beside the run that goes on, and
+    writes nothing; it prints what an evaluation within the run prints for that agent."""
+    train(f"{EVAL} --run-dir {tmp_path / 'run'} --total-timesteps {PHASE}")
+    process = start(f"--resume {tmp_path / 'run'} --total-timesteps 1e9")
+    read_until(process, "step")
+    agent = shutil.copy(tmp_path / "run" / "agent.pt", tmp_path / "copy.pt")
+    before = sorted(tmp_path.rglob("*"))
+    status, output, errors = finish(start(f"--evaluate 5 --agent {agent}", cwd=tmp_path))
+    process.kill()
+    assert (status, errors, len(output)) == (0, [], 2) and sorted(tmp_path.rglob("*")) == before
+    returns = [
+        float(re.search(r"levels: return (\S+) \+- \S+, normalised \S+, 5 episodes", line)[1]) for line in output
+    ]
+    logged = {tag: points[PHASE] for tag, points in scalars(tmp_path / "run").items() if tag.startswith("eval/")}
+    expected = logged["eval/episodic_return"], logged["eval/generalization_gap"]
+    assert (returns[1], returns[0] - returns[1]) == pytest.approx(expected, abs=0.011)
+
+
+def test_video(tmp_path):
+    """--capture-video writes a playable 512 x 512 film of an episode after each phase; training does not change."""
+    for name, flags in ("plain", ""), ("filmed", "--eval-episodes 1 --capture-video"):
+        train(f"{SMALL} {flags} --run-dir {tmp_path / name} --total-timesteps {2 * PHASE}")
+    assert weights(tmp_path / "plain") == weights(tmp_path / "filmed")
+    films = sorted((tmp_path / "filmed" / "videos").iterdir())
+    assert {film.name for film in films} == {f"step-{PHASE}.mp4", f"step-{2 * PHASE}.mp4"}
+    first, *others = itertools.islice(imageio.get_reader(films[0]), 10)
+    assert len(others) > 5 and first.shape == (512, 512, 3) and any((frame != first).any() for frame in others)
+
+
+@pytest.mark.parametrize(
+    "mode, number", [("easy", (1.0 - 0.5) / 12.5), ("hard", (1.0 - 0.5) / 13.7), ("extreme", None)]
+)
+def test_normalised_return(mode, number):
+    """The ranges of the Procgen paper are used, easy and hard; other modes have none."""
+    envs = ppg.ProcgenVectorEnv("chaser", 1, 1, distribution_mode=mode)
+    expected = {} if number is None else {"eval/normalized_return": pytest.approx(number)}
+    assert ppg.normalized("eval", 1.0, envs) == expected
+
+
 # --------------------------------------------------------------------------------------------------------------- README
 
 
@@ -1031,3 +1151,349 @@ def test_readme_python(tmp_path, capsys):
     (snippet,) = (block for block in code_blocks("python") if "load_agent" in block)
     exec(re.sub(r"""(["'])[^"']*agent\.pt\1""", repr(str(tmp_path / "agent.pt")), snippet), {})  # noqa: S102
     assert re.search(r"\d", capsys.readouterr().out)
+
+
+RECIPE_FLAGS = (
+    "--arch shared --num-envs 4 --num-steps 16 --num-minibatches 2 --n-pi 1 --e-aux 1 --num-aux-minibatches 2"
+    " --total-timesteps 64 --device cpu"
+)
+
+
+@pytest.mark.parametrize(
+    "recipe, flags, sign",
+    [(0, "--env-id breakout", "breakout easy"), (1, "", "110,417 parameters"), (2, "", "shift_loss")],
+)
+def test_recipes(tmp_path, recipe, flags, sign):
+    """Each of the README's diffs has at most 30 lines, applies to the script, and the result trains."""
+    diff = code_blocks("diff")[recipe]
+    assert diff.count("\n") <= 30
+    shutil.copy(SCRIPT, tmp_path)
+    subprocess.run(["git", "apply", "-"], input=diff, text=True, check=True, cwd=tmp_path)
+    status, output, errors = finish(start(f"{RECIPE_FLAGS} {flags}", script=SCRIPT.name, cwd=tmp_path))
+    assert (status, errors) == (0, []) and any(sign in line for line in output)
+
+
+def test_algorithm_table():
+    """Every mark that the README's table of Algorithm 1 names stands in the script, in the table's order."""
+    section = README.read_text().partition("## Algorithm 1")[2].partition("##")[0]
+    rows = re.findall(r"^\| .* \| `(.*)` \|$", section, re.MULTILINE)
+    places = [SCRIPT.read_text().index(mark, SCRIPT.read_text().index("def train")) for mark in rows]
+    assert len(rows) >= 8 and places == sorted(places)
+
+
+# ------------------------------------------------------------------------------------------- several processes (torchrun)
+
+# Three phases of two rollouts, each of 128 steps.
+RANKS_RUN = (
+    "--env-id chaser --arch shared --num-envs 8 --num-steps 16 --num-minibatches 2 --n-pi 2 --e-aux 1"
+    " --num-aux-minibatches 2 --device cpu --total-timesteps 768"
+)
+# One phase each. In the first, the minibatches of one process come in two chunks.
+VARIANTS = {
+    "dual": "--arch dual --e-pi 1 --e-v 2 --num-steps 40 --total-timesteps 640",
+    "shared": "--arch shared --e-aux 2 --num-steps 24 --total-timesteps 384",
+    "float32": "--n-pi 1 --e-aux 0 --num-minibatches 1 --num-steps 24 --total-timesteps 192",
+    "procgen": "--n-pi 1 --e-aux 0 --num-steps 16 --total-timesteps 128",
+}
+
+
+class NumberedStreams:
+    """Environments with numbers: number n has images, rewards and ends of its own, whatever the actions."""
+
+    single_observation_space = ppg.gym.spaces.Box(0, 255, (8, 8, 3), np.uint8)
+    single_action_space = ppg.gym.spaces.Discrete(5)
+    return_range = (0, 50)
+
+    def __init__(self, numbers):
+        self.scales, self.randoms = 1.0 + np.array(numbers), [np.random.default_rng(n) for n in numbers]
+
+    def reset(self):
+        return np.stack([random.integers(0, 256, (8, 8, 3), np.uint8) for random in self.randoms]), {}
+
+    def step(self, actions):
+        rewards, ends = np.stack([random.random(2) for random in self.randoms], axis=1)
+        return self.reset()[0], self.scales * rewards, ends < 0.1, ends < 0, {}
+
+    def close(self):
+        pass
+
+
+def rank_main(folder):
+    """What each process of `ranks` does: a run of the script, which starts the process group, then the variants, of
+    which the first three have data that do not depend on the number of processes."""
+    sys.argv = [str(SCRIPT), *f"{RANKS_RUN} --num-steps 1 --total-timesteps 16 --run-dir {folder}/script".split()]
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    results, share = {"initialized": torch.distributed.is_initialized()}, 8 // ppg.WORLD_SIZE
+    make_envs, act = ppg.make_envs, ppg.act
+    ppg.free_memory = lambda: 10**12  # these take little; a real run of 4 processes wants 6 GB
+
+    def numbered(args, num_envs, seed):
+        return NumberedStreams(range(ppg.RANK * share, ppg.RANK * share + num_envs))
+
+    def act_by_image(agent, obs, bf16):
+        logits, _, values = agent(obs, bf16)
+        actions = obs[:, 0, 0, 0].long() % 5
+        return actions, logits.detach().log_softmax(-1)[range(len(obs)), actions], values.detach()
+
+    def act_recorded(agent, obs, bf16):
+        result["obs"].append(obs.clone())
+        result["actions"].append(act(agent, obs, bf16)[0])
+        return result["actions"][-1], *act(agent, obs, bf16)[1:]
+
+    def even_then_odd(rows):
+        """An order whose k-th part of a rollout holds every second environment, on each of 1, 2 or 4 ranks."""
+        return torch.arange(rows).view(-1, share // 2, 2).mT.flatten()
+
+    def before_step(optimizer, *_):
+        result["optimizers"].append(optimizer)
+
+    register_optimizer_step_pre_hook(before_step)
+    randperm = torch.randperm
+    for name, flags in VARIANTS.items():
+        result = results[name] = {"obs": [], "actions": [], "optimizers": []}
+        real = name == "procgen"
+        torch.set_default_dtype(torch.float64 if name in ("dual", "shared") else torch.float32)
+        ppg.make_envs, ppg.act = (make_envs, act_recorded) if real else (numbered, act_by_image)
+        torch.randperm = randperm if real else even_then_odd
+        args = ppg.parse_args(f"{RANKS_RUN} {flags} --precision fp32 --run-dir {folder}/{name}".split())
+        with ppg.run_directory(args) as run_dir:
+            agent = ppg.train(args, run_dir)
+        adam = result.pop("optimizers")[0]
+        named = dict(agent.named_parameters())
+        result["parameters"] = {key: p.detach() for key, p in named.items()}
+        result["gradients"] = {key: p.grad for key, p in named.items() if p.grad is not None}
+        result["adam_steps"] = {key: int(adam.state[p]["step"]) if p in adam.state else 0 for key, p in named.items()}
+    if ppg.RANK == 1:
+        agent.value_head.bias.data = agent.value_head.bias.data.nextafter(torch.ones(1))
+    with contextlib.suppress(ppg.Stopped):
+        ppg.check_equal(agent)
+        results["equal"] = True
+    torch.save(results, Path(folder, f"{ppg.RANK}.pt"))
+
+
+def ranks_of(launched):
+    """A torchrun's processes {rank: process id}."""
+    found = {}
+    for pid in Path(f"/proc/{launched.pid}/task/{launched.pid}/children").read_text().split():
+        with contextlib.suppress(OSError):
+            if rank := re.search(rb"\0RANK=(\d+)\0", Path(f"/proc/{pid}/environ").read_bytes()):
+                found[int(rank[1])] = int(pid)
+    return found
+
+
+@contextlib.contextmanager
+def torchrun(processes, *command, **options):
+    """A torchrun with a session and port of its own."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": SCRIPT.parent}
+    launched = subprocess.Popen([*launcher, *command], start_new_session=True, **pipes, **options)
+    try:
+        yield launched
+    finally:
+        if launched.poll() is None:
+            for pid in (launched.pid, *ranks_of(launched).values()):
+                os.kill(pid, signal.SIGKILL)
+
+
+def ended(launched, within=200):
+    """Wait until a torchrun and its processes have ended -> exit status, stdout, the script's own lines on stderr."""
+    output, errors = launched.communicate(timeout=within)
+    print(errors)  # pytest shows it where a test fails
+    of_script = rf"^(?:{SCRIPT.name}: |warning: |  File \"{SCRIPT}\").*"
+    return launched.returncode, output, re.findall(of_script, errors, re.MULTILINE)
+
+
+def read_scalars(run_dir):
+    """TensorBoard's scalars of a run that do not tell times: {tag: {step: value}}."""
+    loaded = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    tags = [tag for tag in loaded.Tags()["scalars"] if not tag.startswith(("time/", "charts/SPS"))]
+    return {tag: {e.step: e.value for e in loaded.Scalars(tag)} for tag in tags}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What the ranks of 1 (without torchrun), 2 and 4 processes found: {processes: [result]}, and the folder."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with contextlib.ExitStack() as stack:
+        alone = subprocess.Popen([sys.executable, __file__, folder / "1"], stdout=subprocess.DEVNULL, cwd=SCRIPT.parent)
+        several = [stack.enter_context(torchrun(n, __file__, folder / str(n))) for n in (2, 4)]
+        assert alone.wait(200) == 0
+        for launched in several:
+            assert ended(launched)[0] == 0
+    files = {n: [folder / str(n) / f"{rank}.pt" for rank in range(n)] for n in (1, 2, 4)}
+    return {n: [torch.load(file, weights_only=False) for file in of_ranks] for n, of_ranks in files.items()}, folder
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """An uninterrupted run of two processes: its directory and stdout."""
+    run_dir = tmp_path_factory.mktemp("two_processes")
+    with torchrun(2, SCRIPT, *RANKS_RUN.split(), "--run-dir", run_dir) as launched:
+        status, output, errors = ended(launched)
+    assert (status, errors) == (0, [])
+    return run_dir, output
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_do_not_change_the_mathematics(ranks, processes):
+    """A phase in several processes gives the parameters, on every rank, and the logged values of one process whose
+    minibatches are the unions of the ranks', though the environments of each rank have rewards of another scale. In
+    fp32 the averaged gradient of a step is that of one process to 1e-5."""
+    results, folder = ranks
+    for result in results[processes]:
+        for name in ("dual", "shared"):
+            expected = results[1][0][name]["parameters"]
+            assert expected["value_head.bias"].dtype == torch.float64
+            torch.testing.assert_close(result[name]["parameters"], expected, rtol=0, atol=1e-9)
+        expected = results[1][0]["float32"]["gradients"]
+        assert result["float32"]["gradients"].keys() == expected.keys()
+        for parameter, gradient in result["float32"]["gradients"].items():
+            assert (gradient - expected[parameter]).norm() <= 1e-5 * expected[parameter].norm() > 0, parameter
+    for name in ("dual", "shared"):
+        one, several = (read_scalars(folder / str(n) / name) for n in (1, processes))
+        assert one.keys() == several.keys() and sum(one["charts/episodes"].values()) > 10
+        for tag in one.keys() - {"losses/explained_variance"}:
+            assert several[tag] == pytest.approx(one[tag], rel=1e-5, abs=1e-9), tag
+
+
+def test_network_out_of_its_epochs_on_all_ranks(ranks):
+    """With two networks, E_pi = 1 and E_V = 2, Adam steps the policy network half as often as the value network, and the
+    auxiliary value head never, on every rank: 2 rollouts of 2 minibatches."""
+    for results in ranks[0].values():
+        for result in results:
+            for name, steps in result["dual"]["adam_steps"].items():
+                assert steps == {"policy": 4, "value": 8, "aux": 0}[name.split("_")[0]], name
+
+
+def test_process_group_only_under_torchrun(ranks):
+    """Without torchrun, the script starts no process group."""
+    assert {n: {result["initialized"] for result in results} for n, results in ranks[0].items()} == {
+        1: {False},
+        2: {True},
+        4: {True},
+    }
+
+
+def test_parameters_that_differ_end_the_run(ranks):
+    """One parameter of one rank that differs in its last bit is noticed by every rank."""
+    assert [["equal" in result for result in ranks[0][n]] for n in (1, 2, 4)] == [[True], [False] * 2, [False] * 4]
+
+
+def test_ranks_have_their_own_streams(ranks):
+    """Each rank has levels and actions of its own; rank 0 has the seed itself, and no two pairs among 100,000 consecutive
+    seeds and 64 ranks share a stream. Procgen takes every such seed."""
+    for n in (2, 4):
+        played = [result["procgen"] for result in ranks[0][n]]
+        first = torch.cat([result["obs"][0] for result in played]).flatten(1)
+        assert len(first.unique(dim=0)) == 8
+        actions = [torch.cat(result["actions"]) for result in played]
+        for i in range(n):  # 15 actions
+            assert all((actions[i] == actions[j]).float().mean() < 0.4 for j in range(i))
+    for lowest in (0, 2**30 - 99_999):
+        seeds = np.arange(lowest, lowest + 100_000)
+        streams = ppg.stream_seed(seeds, np.arange(64)[:, None])
+        assert (streams[0] == seeds).all() and streams.min() >= 0 and streams.max() < 2**31
+        assert (np.diff(np.sort(streams, axis=None)) > 0).all()
+    ppg.ProcgenVectorEnv("chaser", 1, 2**31 - 1, distribution_mode="easy").close()
+
+
+def test_output_of_two_processes(two_processes):
+    """Rank 0 alone prints and writes: each line and file is there once. Steps and episodes are those of all ranks."""
+    run_dir, output = two_processes
+    logged, steps = read_scalars(run_dir), list(range(128, 769, 128))
+    lines = output.splitlines()
+    assert len(lines) == 1 + 6 + 3 + 1 and lines[0].startswith("chaser") and lines[-1].startswith("done in"), output
+    assert re.findall(r"^step ([\d,]+)/768", output, re.MULTILINE) == [f"{step:,}" for step in steps]
+    assert re.findall(r"^  auxiliary phase (\d)", output, re.MULTILINE) == ["1", "2", "3"]
+    names = sorted(file.name for file in run_dir.iterdir() if not file.name.startswith("events"))
+    assert names == [".lock", "agent.pt", "checkpoint.previous.pt", "checkpoint.pt"]
+    assert len(list(run_dir.glob("events*"))) == 1
+    assert list(logged["losses/policy_loss"]) == steps and list(logged["losses/aux/kl_loss"]) == steps[1::2]
+    under_way = [rank["episodes"]["under_way"][:, 1] for rank in ppg.load_checkpoint(run_dir)[1]["ranks"]]
+    assert len(under_way) == 2 and under_way[1].sum() < 4 * 96  # some have ended on rank 1
+    lengths = logged["charts/episodic_length"]
+    complete = sum(logged["charts/episodes"][step] * length for step, length in lengths.items())
+    assert complete + torch.cat(under_way).sum() == pytest.approx(768)
+
+
+def test_resume_with_another_number_of_processes(two_processes, capsys):
+    """A run of two processes does not resume in one: exit status 2 and one line that says so."""
+    with pytest.raises(SystemExit) as stopped:
+        ppg.parse_args(["--resume", str(two_processes[0])])
+    errors = capsys.readouterr().err
+    assert stopped.value.code == 2 and errors.count("\n") == 1 and "a run of 2 processes, and this is 1" in errors
+
+
+@pytest.mark.parametrize("stopped_by", ["rank 1 is killed", "Ctrl-C"])
+def test_stopped_run_of_two_processes(tmp_path, two_processes, stopped_by):
+    """Where a rank is killed, or on Ctrl-C, all ranks end within a minute, with one line that says what is saved. The
+    command that it gives continues the run, to the same end, bit for bit, as if nothing had happened."""
+    with torchrun(2, SCRIPT, *RANKS_RUN.split(), "--run-dir", tmp_path / "run") as launched:
+        while not (line := launched.stdout.readline()).startswith("step 384"):
+            assert line, launched.stderr.read()
+        if stopped_by == "Ctrl-C":
+            os.killpg(launched.pid, signal.SIGINT)
+        else:
+            pids, start = ranks_of(launched), time.monotonic()
+            os.kill(launched.pid, signal.SIGSTOP)  # or it may end rank 0 before that finds out by itself
+            os.kill(pids[1], signal.SIGKILL)
+            while " Z " not in Path(f"/proc/{pids[0]}/stat").read_text():
+                assert time.monotonic() < start + 60
+                time.sleep(0.1)
+            os.kill(launched.pid, signal.SIGCONT)
+        status, _, errors = ended(launched, within=60)
+    assert status != 0 and len(errors) == 1
+    assert f": {'SIGINT' if stopped_by == 'Ctrl-C' else 'another process has ended'}: saved " in errors[0]
+    step = ppg.load_checkpoint(tmp_path / "run")[1]["global_step"]
+    assert step in (256, 512) and f" saved up to step {step:,}; continue with: torchrun " in errors[0]
+    command = shlex.split(errors[0].partition("continue with: torchrun ")[2])
+    assert command == ["--nproc-per-node=2", str(SCRIPT), "--resume", str(tmp_path / "run")]
+    if stopped_by == "Ctrl-C":
+        return
+    with torchrun(2, *command[1:]) as launched:
+        status, _, errors = ended(launched)
+    assert (status, errors) == (0, [])
+    datas = [ppg.load_checkpoint(run_dir)[1] for run_dir in (two_processes[0], tmp_path / "run")]
+    for data in datas:
+        assert not data["args"].pop("run_dir") == data["args"].pop("resume") is None
+    one, other = map(torch.utils._pytree.tree_flatten_with_path, datas)
+    for (path, a), (other_path, b) in zip(one[0], other[0], strict=True):
+        assert path == other_path and (torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b), path
+    agents = [ppg.load_agent(run_dir / "agent.pt")[0].state_dict() for run_dir in (two_processes[0], tmp_path / "run")]
+    assert all(torch.equal(a, b) for a, b in zip(*(agent.values() for agent in agents), strict=True))
+    assert read_scalars(two_processes[0]) == read_scalars(tmp_path / "run")
+
+
+SLOW_RANK_0 = """
+import hashlib, os, time
+if os.environ.get("RANK") == "0":
+    time.sleep(4)
+    sha256 = hashlib.sha256
+    hashlib.sha256 = lambda *arguments, **options: time.sleep(1) or sha256(*arguments, **options)
+"""
+
+
+@pytest.mark.parametrize(
+    "flags, lines",
+    [
+        (
+            "--learning-rate 1e11 --n-pi 7",
+            ["warning: no auxiliary phase", ": losses/.* is not finite in policy phase 1, "],
+        ),
+        ("--num-minibatches 8", ["error: --num-envs 8 is not a multiple of --num-minibatches 8 x 2 processes"]),
+    ],
+)
+def test_errors_of_two_processes(tmp_path, flags, lines):
+    """A loss that is not finite ends all ranks; so do environments that the ranks' minibatches cannot share equally. Each
+    error and warning is one line, also where rank 0 starts late and reads its checkpoint slowly."""
+    (tmp_path / "sitecustomize.py").write_text(SLOW_RANK_0)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [SCRIPT, *RANKS_RUN.split(), *flags.split(), "--run-dir", tmp_path / "run"]
+    with torchrun(2, *command, env=environment) as launched:
+        status, _, errors = ended(launched)
+    assert status != 0 and len(errors) == len(lines), errors
+    assert all(re.search(expected, line) for expected, line in zip(lines, errors)), errors
+
+
+if __name__ == "__main__":
+    rank_main(sys.argv[1])
