@@ -12,12 +12,12 @@ authors' code, github.com/openai/phasic-policy-gradient at commit 7295473. Its A
     for each phase:
         for N_pi iterations:                                                                  the policy phase
             roll out the policy; advantages A and value targets V^targ by GAE
-            E_pi epochs on L^clip + beta_S * entropy  w.r.t. theta_pi
-            E_V epochs on L^value = 1/2 (V - V^targ)^2  w.r.t. theta_V
+            E_pi epochs: maximise L^clip + beta_S * entropy  w.r.t. theta_pi
+            E_V epochs: minimise L^value = 1/2 (V - V^targ)^2  w.r.t. theta_V
             B += (s, V^targ)
         pi_old <- pi on every s of B                                                          the auxiliary phase
-        E_aux epochs on L^joint = 1/2 (V_aux - V^targ)^2 + beta_clone * KL[pi_old, pi]  w.r.t. theta_pi
-                    and on L^value  w.r.t. theta_V
+        E_aux epochs: minimise L^joint = 1/2 (V_aux - V^targ)^2 + beta_clone * KL[pi_old, pi]  w.r.t. theta_pi
+                      and L^value  w.r.t. theta_V
 
 Why: what the value function learns about a state serves the policy too, but trained together the two losses pull at
 the same features and must reuse samples equally often, though the policy does best with about one pass over them and
@@ -70,7 +70,7 @@ from pathlib import Path
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from Ctrl-C during the imports, which take seconds
 # OpenMP's threads wait for each other in a spin, by default so long that a second run on the same cores stops both: two
-# of two threads on two cores made 31 % of one's training passes together, with this 99 %. Read when torch is loaded.
+# of two threads each on two cores together reached 31 % of one's throughput, with this 99 %. Read when torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
@@ -196,9 +196,8 @@ class ImpalaEncoder(nn.Module):
         x = obs.permute(0, 3, 1, 2).to(torch.bfloat16 if bf16 else self.dense.weight.dtype) / 255
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=bf16):
             features = F.relu(self.dense(F.relu(self.stacks(x)).flatten(1)))  # flattened as (c, h, w)
-        return features.to(
-            self.dense.weight.dtype
-        )  # the heads stay fp32 in every precision: their outputs enter ratios and KLs
+        # The heads stay fp32 in every precision: their outputs enter ratios and KLs.
+        return features.to(self.dense.weight.dtype)
 
 
 class Agent(nn.Module):
@@ -209,10 +208,11 @@ class Agent(nn.Module):
         super().__init__()
         self.arch = arch
         self.policy_encoder = ImpalaEncoder(observation_shape)
-        self.policy_head = normed(nn.Linear(256, num_actions), 0.1)
-        self.aux_value_head = normed(nn.Linear(256, 1), 0.1)
+        width = self.policy_encoder.dense.out_features
+        self.policy_head = normed(nn.Linear(width, num_actions), 0.1)
+        self.aux_value_head = normed(nn.Linear(width, 1), 0.1)
         self.value_encoder = ImpalaEncoder(observation_shape) if arch == "dual" else None
-        self.value_head = normed(nn.Linear(256, 1), 0.1)
+        self.value_head = normed(nn.Linear(width, 1), 0.1)
 
     def forward(self, obs, bf16=False, detach_value=False):
         """uint8 [B, H, W, C] -> logits [B, A], auxiliary values [B], values [B]; `detach_value`: no value gradient into
@@ -405,7 +405,7 @@ def minibatches(data, size, epochs, device):
 
 def chunks(batch, size):
     """Yield (at most `size` observations of the batch, their share of it). The gradients of share * loss add up to the
-    batch's, and the memory that activations take does not depend on its size."""
+    batch's, if the loss is a mean over observations; the memory that activations take does not depend on its size."""
     total = len(batch["obs"])
     for start in range(0, total, size):
         chunk = {name: x[start : start + size] for name, x in batch.items()}
@@ -451,7 +451,7 @@ def train(args, run_dir):
 
     numerics = announce(args, agent, aux_obs, device, policy_bf16, aux_bf16)
     state = {"agent": agent, "optimizer": optimizer, "aux_optimizer": aux_optimizer, "envs": envs}
-    state |= {"episodes": vars(episodes), "normalize": vars(normalize)}
+    state |= {"episodes": vars(episodes), "normalize": vars(normalize)}  # live: `restore` updates the objects
     if args.eval_episodes:
         evaluation = Evaluation(args, args.eval_episodes, run_dir)
     next_obs, _ = envs.reset()
@@ -485,7 +485,8 @@ def train(args, run_dir):
             # processes, not over each minibatch: it shall not depend on the segments that it was drawn with.
             scaled_rewards = normalize(rewards, dones)
             advantages, targets = compute_gae(scaled_rewards, values, dones, args.gamma, args.gae_lambda)
-            explained_variance = 1 - (targets - values[:, :-1]).var() / targets.var()
+            residuals, all_targets = torch.cat(gather(targets - values[:, :-1])), torch.cat(gather(targets))
+            explained_variance = 1 - residuals.var() / all_targets.var()
             log.add({"losses/explained_variance": explained_variance.nan_to_num()}, 1.0)
             all_advantages = torch.cat(gather(advantages))
             advantages = (advantages - all_advantages.mean()) / (all_advantages.std(correction=0) + 1e-8)
@@ -511,7 +512,7 @@ def train(args, run_dir):
 
         if has_aux_phase and iterations == args.n_pi:
             # ---- Auxiliary phase (Alg. 1), with an Adam of its own, as in the official code ----
-            # pi_old(.|s) for the whole buffer, in the epochs' precision and batch sizes, so that their first KL is 0.
+            # pi_old(.|s) for the whole buffer, in the epochs' precision and batch sizes, so that the first KL is 0.
             size = N // args.num_aux_minibatches
             for start in range(0, S, size):
                 batch = {"obs": aux_obs[start : start + size].flatten(0, 1).to(device)}
@@ -540,6 +541,7 @@ def train(args, run_dir):
             log.write("evaluation", global_step, evaluation.run(agent, device, policy_bf16, global_step))
         weights = {"args": vars(args), "image": image, "global_step": global_step, "agent": agent.state_dict()}
         save(run_dir / "agent.pt", weights)
+        # every K-th phase, and the last that is complete
         due = args.checkpoint_every and (phase % args.checkpoint_every == 0 or phase == num_rollouts // args.n_pi)
         if due and iterations == args.n_pi:
             save_checkpoint(run_dir, args, state, numerics, phase, global_step, next_obs)
@@ -617,8 +619,11 @@ class Log:
             total, weights = self.sums.get(tag, (0.0, 0.0))
             self.sums[tag] = total + weight * value.detach(), weights + weight
 
-    def means(self):
-        return {tag: float(total / weights) for tag, (total, weights) in self.sums.items()}  # sync
+    def means(self, pooled=True):
+        """-> {tag: mean}; `pooled`: over all processes, which then must ask together."""
+        means = {tag: float(total / weights) for tag, (total, weights) in self.sums.items()}  # sync
+        parts = gather(means) if pooled else [means]
+        return {tag: sum(part[tag] for part in parts) / len(parts) for tag in means}
 
     def lap(self, part):
         """Book the time since the last lap to this part of the algorithm."""
@@ -629,8 +634,7 @@ class Log:
 
     def write(self, where, step, scalars):
         """Means since the last time, and these scalars. Stops the run at a mean that is NaN or infinite."""
-        parts, self.sums = gather(self.means()), {}
-        means = {tag: sum(part[tag] for part in parts) / WORLD_SIZE for tag in parts[0]}
+        means, self.sums = self.means(), {}
         check_finite(means, f"{where}, step {step}")
         if RANK == 0:
             for tag, value in (means | scalars).items():
@@ -654,7 +658,8 @@ class Log:
         """A line at the end of each epoch, and once a minute. The means are those of the epoch."""
         if epochs.is_integer() or time.perf_counter() > self.last_line + 60:
             self.last_line = time.perf_counter()
-            losses = " | ".join(f"{tag.split('/')[-1]} {mean:.4f}" for tag, mean in self.means().items())
+            means = self.means(pooled=epochs.is_integer())
+            losses = " | ".join(f"{tag.split('/')[-1]} {mean:.4f}" for tag, mean in means.items())
             print(f"  auxiliary phase {phase}, epoch {epochs:.2f}/{e_aux} | {losses}", flush=True)
             LIBC.malloc_trim(0)
         if epochs.is_integer() and epochs < e_aux:
@@ -766,7 +771,8 @@ def restore(run_dir, state, numerics, next_obs):
         state["envs"].load_state_dict(mine["envs"])
         next_obs = mine["next_obs"].numpy()
     else:
-        print("warning: these environments have no state_dict; their episodes begin anew", file=sys.stderr)
+        if RANK == 0:
+            print("warning: these environments have no state_dict; their episodes begin anew", file=sys.stderr)
         for sums in (state["episodes"]["under_way"], state["normalize"]["discounted"]):
             sums.zero_()
     return data["phase"], data["global_step"], next_obs
@@ -777,6 +783,8 @@ def stop(args, run_dir, reason, status):
     if RANK:
         time.sleep(30 if status == 1 else 0)  # rank 0 says why; when it has ended, torchrun ends this process
         os._exit(status)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # one reason is enough
     saved, data = "nothing to resume is saved", None
     with contextlib.suppress(OSError, RuntimeError, pickle.UnpicklingError):
         data = load_checkpoint(run_dir)[1]
@@ -951,7 +959,7 @@ def choose_storage(args, device, segments):
     needed, working = segments * args.num_steps * 64 * 64 * 3, 1_500_000_000  # Procgen's observations; all else
     if device.type == "cuda" and needed + 6e9 < torch.cuda.mem_get_info()[0]:  # 5.0 GB of activations, 1 to spare
         return device
-    if needed + working > (free := free_memory() // LOCAL_WORLD_SIZE):
+    if needed + working > (free := min(gather(free_memory())) // LOCAL_WORLD_SIZE):
         fits = int((free - working) / needed * args.n_pi)
         advice = f"--n-pi {fits} is the largest that fits" if fits > 0 else "take fewer --num-envs or --num-steps"
         fail(f"the phase buffer takes {needed:,} bytes, training {working:,} more, and {free:,} are free: {advice}")

@@ -1299,7 +1299,7 @@ def ended(launched, within=200):
     """Wait until a torchrun and its processes have ended -> exit status, stdout, the script's own lines on stderr."""
     output, errors = launched.communicate(timeout=within)
     print(errors)  # pytest shows it where a test fails
-    of_script = rf"^(?:{SCRIPT.name}: |warning: |  File \"{SCRIPT}\").*"
+    of_script = rf"^(?:{SCRIPT.name}: |warning: |.*File \"{SCRIPT}\").*"
     return launched.returncode, output, re.findall(of_script, errors, re.MULTILINE)
 
 
