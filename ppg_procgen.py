@@ -678,7 +678,7 @@ class Log:
         print(f"done in {wall} | {rate} | {shares} | {run_dir}/agent.pt", flush=True)
 
 
-# ------------------------------------------------------------------ plumbing: run directory, checkpoint, resume, signals
+# ----------------------------------------------------------------- plumbing: run directory, checkpoint, resume, signals
 
 
 @contextlib.contextmanager

@@ -377,7 +377,8 @@ def test_vector_interface(monkeypatch):
 
 @pytest.mark.parametrize("game", ppg.GAMES)
 def test_every_game_in_every_mode(game):
-    """Each of the 16 games makes and steps in each mode that it has, by the seed, and from a saved state goes on exactly."""
+    """Each of the 16 games makes and steps in each mode that it has, by the seed, and from a saved state goes on
+    exactly."""
     assert len(ppg.GAMES) == 16
     for mode in ppg.GAMES[game]:
         flags = f"{SMALL} --env-id {game} --distribution-mode {mode}"
@@ -700,8 +701,8 @@ def test_free_memory(tmp_path, limit, free):
     ],
 )
 def test_copy_of_the_script(tmp_path, raised, one_line):
-    """A copy goes by its own name, in errors and in the run directory's. Where it stops itself or the disk is full there
-    is one line and exit status 1; every other exception keeps its traceback."""
+    """A copy goes by its own name, in errors and in the run directory's. Where it stops itself or the disk is full
+    there is one line and exit status 1; every other exception keeps its traceback."""
     copy = tmp_path / "mine.py"
     copy.write_text(
         SCRIPT.read_text().replace("    envs = make_envs(args, N, stream_seed(args.seed, RANK))", f"    raise {raised}")
@@ -911,8 +912,8 @@ UNREADABLE = {
 
 @pytest.mark.parametrize("error", UNREADABLE)
 def test_unreadable_checkpoint(run_dir, monkeypatch, capsys, error):
-    """Only a missing or damaged checkpoint is passed over. One that cannot be read, or that holds code, is an error; the
-    code is not run, and all files stay as they were."""
+    """Only a missing or damaged checkpoint is passed over. One that cannot be read, or that holds code, is an error;
+    the code is not run, and all files stay as they were."""
     path, previous = run_dir / "checkpoint.pt", (run_dir / "checkpoint.previous.pt").read_bytes()
     path.unlink()
     UNREADABLE[error](path)
@@ -970,8 +971,9 @@ def test_environment_that_cannot_be_saved(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_not_finite(run_dir, monkeypatch, part, change, problem):
-    """A learning rate that is too large, or a reward that is no number, stops the run, which names the loss or parameter
-    that is no number, the phase and the step; the checkpoint and the weights stay those of the phase before."""
+    """A learning rate that is too large, or a reward that is no number, stops the run, which names the loss or
+    parameter that is no number, the phase and the step; the checkpoint and the weights stay those of the phase
+    before."""
     real = ppg.ProcgenVectorEnv.step
 
     def step(envs, actions):
@@ -1181,7 +1183,7 @@ def test_algorithm_table():
     assert len(rows) >= 8 and places == sorted(places)
 
 
-# ------------------------------------------------------------------------------------------- several processes (torchrun)
+# ----------------------------------------------------------------------------------------- several processes (torchrun)
 
 # Three phases of two rollouts, each of 128 steps.
 RANKS_RUN = (
@@ -1357,8 +1359,8 @@ def test_processes_do_not_change_the_mathematics(ranks, processes):
 
 
 def test_network_out_of_its_epochs_on_all_ranks(ranks):
-    """With two networks, E_pi = 1 and E_V = 2, Adam steps the policy network half as often as the value network, and the
-    auxiliary value head never, on every rank: 2 rollouts of 2 minibatches."""
+    """With two networks, E_pi = 1 and E_V = 2, Adam steps the policy network half as often as the value network, and
+    the auxiliary value head never, on every rank: 2 rollouts of 2 minibatches."""
     for results in ranks[0].values():
         for result in results:
             for name, steps in result["dual"]["adam_steps"].items():
@@ -1380,8 +1382,8 @@ def test_parameters_that_differ_end_the_run(ranks):
 
 
 def test_ranks_have_their_own_streams(ranks):
-    """Each rank has levels and actions of its own; rank 0 has the seed itself, and no two pairs among 100,000 consecutive
-    seeds and 64 ranks share a stream. Procgen takes every such seed."""
+    """Each rank has levels and actions of its own; rank 0 has the seed itself, and no two pairs among 100,000
+    consecutive seeds and 64 ranks share a stream. Procgen takes every such seed."""
     for n in (2, 4):
         played = [result["procgen"] for result in ranks[0][n]]
         first = torch.cat([result["obs"][0] for result in played]).flatten(1)
@@ -1484,8 +1486,8 @@ if os.environ.get("RANK") == "0":
     ],
 )
 def test_errors_of_two_processes(tmp_path, flags, lines):
-    """A loss that is not finite ends all ranks; so do environments that the ranks' minibatches cannot share equally. Each
-    error and warning is one line, also where rank 0 starts late and reads its checkpoint slowly."""
+    """A loss that is not finite ends all ranks; so do environments that the ranks' minibatches cannot share equally.
+    Each error and warning is one line, also where rank 0 starts late and reads its checkpoint slowly."""
     (tmp_path / "sitecustomize.py").write_text(SLOW_RANK_0)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     command = [SCRIPT, *RANKS_RUN.split(), *flags.split(), "--run-dir", tmp_path / "run"]
