@@ -127,7 +127,7 @@ def parse_args(argv=None):
     flag("--e-aux", type=UINT, default=6, help="auxiliary epochs per phase, E_aux, 0 = none (paper: 6; PPO: 0)")
     flag("--beta-clone", type=WEIGHT, default=1.0, help="weight of KL[pi_old, pi] (paper: 1)")
     flag(
-        "--num-aux-minibatches", type=COUNT, default=16, help="auxiliary minibatches per epoch and rollout (paper: 16)"
+        "--num-aux-minibatches", type=COUNT, default=16, help="minibatches per auxiliary epoch and rollout (paper: 16)"
     )
     flag("--aux-learning-rate", type=POSITIVE, default=5e-4, help="Adam's step size, auxiliary phase (paper: 5e-4)")
     # evaluation
@@ -697,11 +697,8 @@ def run_directory(args):
         fail(f"cannot write into the run directory {run_dir}: {error.strerror}")
     with lock:
         if RANK == 0 and not args.resume and any(run_dir.glob("*.pt")):
-            resume = (
-                f"continue it with --resume {shlex.quote(str(run_dir))}, or "
-                if any(run_dir.glob("checkpoint*.pt"))
-                else ""
-            )
+            resumable = any(run_dir.glob("checkpoint*.pt"))
+            resume = f"continue it with --resume {shlex.quote(str(run_dir))}, or " if resumable else ""
             fail(f"{run_dir} already holds a run: {resume}choose another --run-dir")
         yield gather(run_dir)[0]
 
@@ -1032,6 +1029,7 @@ def number(low, high, kind=float):
 COUNT, UINT = number(1, 10**12, int), number(0, 2**30, int)
 POSITIVE, WEIGHT = number(1e-12, 1e12), number(0, 1e12)
 DISCOUNT, FRACTION = number(1e-12, 1), number(0, 1)
+MAY_CHANGE = {"resume", "total_timesteps", "checkpoint_every", "device", "eval_episodes", "capture_video"}  # on resume
 
 
 def check_flags(parser, argv):
@@ -1054,14 +1052,7 @@ def check_flags(parser, argv):
         saved = {**data["args"], "run_dir": args.resume}  # a run directory may have been moved
         parser.set_defaults(**saved)
         args = parser.parse_args(argv)
-        for name in saved.keys() - {
-            "resume",
-            "total_timesteps",
-            "checkpoint_every",
-            "device",
-            "eval_episodes",
-            "capture_video",
-        }:
+        for name in saved.keys() - MAY_CHANGE:
             if getattr(args, name) != saved[name]:
                 fail(f"{names[name]} {getattr(args, name)}: the run has {saved[name]}")
     if args.env_id not in GAMES:
