@@ -405,22 +405,23 @@ def test_first_kl_is_zero(tmp_path, arch, precision):
     assert scalars(tmp_path)["losses/aux/kl_loss"] == {512: 0.0}
 
 
-def test_every_segment_once_an_epoch(tmp_path, record):
-    """Policy epochs take each environment once, auxiliary epochs each segment that the phase's rollouts saw, each epoch
+def test_every_sample_once_an_epoch(tmp_path, record):
+    """Policy epochs take each transition once, auxiliary epochs each segment that the phase's rollouts saw, each epoch
     in an order of its own; rollouts fill the phase buffer in place."""
     train(f"{SMALL} --run-dir {tmp_path} --e-pi 2 --e-v 2 --e-aux 3")
     first, second, auxiliary = record
-    for update, epochs, segments in (first, 2, 4), (second, 2, 4), (auxiliary, 3, 8):
+    for update, epochs, samples, size in (first, 2, 32, 16), (second, 2, 32, 16), (auxiliary, 3, 8, 2):
         data, order = update["data"], []
         for batch in update["batches"]:
-            drawn = {name: x.unflatten(0, (2, 8)) for name, x in batch.items()}
-            rows = [[torch.equal(x, row) for row in data["obs"]].index(True) for x in drawn["obs"]]
-            assert all(torch.equal(x, data[name][rows]) for name, x in drawn.items())
+            assert {len(x) for x in batch.values()} == {size}
+            rows = [[torch.equal(x, row) for row in data["targets"]].index(True) for x in batch["targets"]]
+            assert all(torch.equal(x, data[name][rows]) for name, x in batch.items())
             order += rows
-        order = np.reshape(order, (epochs, segments))
-        assert (np.sort(order) == range(segments)).all() and (order != order[0]).any()
+        order = np.reshape(order, (epochs, samples))
+        assert (np.sort(order) == range(samples)).all() and (order != order[0]).any()
     for name in ("obs", "targets"):
-        assert torch.equal(auxiliary["data"][name], torch.cat([first["data"][name], second["data"][name]]))
+        whole = torch.cat([first["data"][name], second["data"][name]])
+        assert torch.equal(auxiliary["data"][name].flatten(0, 1), whole)
     assert len({update["storage"].data_ptr() for update in record}) == 1
 
 
@@ -436,6 +437,8 @@ def test_each_step_has_the_gradient_of_its_minibatch(tmp_path, record):
         for batch, step in zip(update["batches"], update["steps"], strict=True):
             for parameter, weights in zip(agent.parameters(), step["weights"]):
                 parameter.data, parameter.grad = weights, None
+            if "old_logits" in batch:
+                batch = {name: x.flatten(0, 1) for name, x in batch.items()}
             loss, metrics = loss_of(agent, batch, args)
             loss.backward()
             gradients = [p.grad for p in agent.parameters()]
