@@ -1190,7 +1190,7 @@ def test_algorithm_table():
 
 # Three phases of two rollouts, each of 128 steps.
 RANKS_RUN = (
-    "--env-id chaser --arch shared --num-envs 8 --num-steps 16 --num-minibatches 2 --n-pi 2 --e-aux 1"
+    "--env-id bossfight --arch shared --num-envs 8 --num-steps 16 --num-minibatches 2 --n-pi 2 --e-aux 1"
     " --num-aux-minibatches 2 --device cpu --total-timesteps 768"
 )
 # One phase each. In the first, the minibatches of one process come in two chunks.
@@ -1246,8 +1246,10 @@ def rank_main(folder):
         return result["actions"][-1], *act(agent, obs, bf16)[1:]
 
     def even_then_odd(rows):
-        """An order whose k-th part of a rollout holds every second environment, on each of 1, 2 or 4 ranks."""
-        return torch.arange(rows).view(-1, share // 2, 2).mT.flatten()
+        """An order whose halves are the same on 1, 2 or 4 ranks: a rollout's even and odd steps (in the policy phase) or
+        environments (in the auxiliary phase)."""
+        rollouts = args.n_pi if rows == args.n_pi * share else 1
+        return torch.arange(rows).view(rollouts, -1, 2).mT.flatten()
 
     def before_step(optimizer, *_):
         result["optimizers"].append(optimizer)
@@ -1407,7 +1409,7 @@ def test_output_of_two_processes(two_processes):
     run_dir, output = two_processes
     logged, steps = read_scalars(run_dir), list(range(128, 769, 128))
     lines = output.splitlines()
-    assert len(lines) == 1 + 6 + 3 + 1 and lines[0].startswith("chaser") and lines[-1].startswith("done in"), output
+    assert len(lines) == 1 + 6 + 3 + 1 and lines[0].startswith("bossfight") and lines[-1].startswith("done in"), output
     assert re.findall(r"^step ([\d,]+)/768", output, re.MULTILINE) == [f"{step:,}" for step in steps]
     assert re.findall(r"^  auxiliary phase (\d)", output, re.MULTILINE) == ["1", "2", "3"]
     names = sorted(file.name for file in run_dir.iterdir() if not file.name.startswith("events"))
