@@ -1246,8 +1246,8 @@ def rank_main(folder):
         return result["actions"][-1], *act(agent, obs, bf16)[1:]
 
     def even_then_odd(rows):
-        """An order whose halves are the same on 1, 2 or 4 ranks: a rollout's even and odd steps (in the policy phase) or
-        environments (in the auxiliary phase)."""
+        """An order whose halves are the same on 1, 2 or 4 ranks: a rollout's even and odd steps (policy phase) or
+        environments (auxiliary phase)."""
         rollouts = args.n_pi if rows == args.n_pi * share else 1
         return torch.arange(rows).view(rollouts, -1, 2).mT.flatten()
 
