@@ -560,7 +560,7 @@ class Stopped(Exception):
 def check_finite(values, where):
     for name, value in values.items():
         if not torch.as_tensor(value).isfinite().all():
-            raise Stopped(f"{name} is not finite in {where}; try a smaller learning rate")
+            raise Stopped(f"{name} is not finite in {where}; begin anew with a smaller learning rate")
 
 
 class EpisodeStatistics:
@@ -861,14 +861,10 @@ class Evaluation:
 
 
 def evaluate(args):
-    """--evaluate K --agent PATH: play, print, and that is all."""
+    """--evaluate K --agent PATH: play, print, and that is all. The flags are those of the agent's run."""
     device, bf16, _ = choose_device(args)
-    try:
-        agent, trained = load_agent(args.agent, device)
-    except (OSError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
-        fail(f"--agent {args.agent}: not an agent.pt: {str(error).splitlines()[0]}")
-    trained.capture_video = args.capture_video
-    Evaluation(trained, args.evaluate, Path(args.agent).parent).run(agent, device, bf16, "evaluated")
+    agent, _ = load_agent(args.agent, device)
+    Evaluation(args, args.evaluate, Path(args.agent).parent).run(agent, device, bf16, "evaluated")
 
 
 # ------------------------------------------------------------------------------ plumbing: several processes (torchrun)
@@ -1029,15 +1025,17 @@ def number(low, high, kind=float):
 COUNT, UINT = number(1, 10**12, int), number(0, 2**30, int)
 POSITIVE, WEIGHT = number(1e-12, 1e12), number(0, 1e12)
 DISCOUNT, FRACTION = number(1e-12, 1), number(0, 1)
-MAY_CHANGE = {"resume", "total_timesteps", "checkpoint_every", "device", "eval_episodes", "capture_video"}  # on resume
+RESUME_MAY_CHANGE = {"resume", "total_timesteps", "checkpoint_every", "device", "eval_episodes", "capture_video"}
+EVALUATE_MAY_CHANGE = {"evaluate", "agent", "capture_video", "device", "seed"}
 
 
 def check_flags(parser, argv):
-    """Flags -> Namespace, those of the run that is resumed included; `fail` at what only several flags can tell."""
+    """Flags -> Namespace, those of the run that is resumed or evaluated included; `fail` at what only several tell."""
     args, unknown = parser.parse_known_args(argv)
     names = {name: f"--{name.replace('_', '-')}" for name in vars(args)}
     if unknown:
         fail(f"{unknown[0]}: no such flag, did you mean {nearest(unknown[0], names.values())}?")
+    saved, may_change = {}, set()
     if args.resume:
         try:
             data = load_checkpoint(args.resume)[1]
@@ -1049,12 +1047,18 @@ def check_flags(parser, argv):
             fail(f"--resume {args.resume}: written by another version of this script; differing flags: {differing}")
         if len(data["ranks"]) != WORLD_SIZE:
             fail(f"--resume {args.resume}: a run of {len(data['ranks'])} processes, and this is {WORLD_SIZE}")
-        saved = {**data["args"], "run_dir": args.resume}  # a run directory may have been moved
-        parser.set_defaults(**saved)
-        args = parser.parse_args(argv)
-        for name in saved.keys() - MAY_CHANGE:
-            if getattr(args, name) != saved[name]:
-                fail(f"{names[name]} {getattr(args, name)}: the run has {saved[name]}")
+        saved, may_change = {**data["args"], "run_dir": args.resume}, RESUME_MAY_CHANGE  # it may have been moved
+    elif args.agent:
+        try:
+            saved, may_change = vars(load_agent(args.agent)[1]), EVALUATE_MAY_CHANGE
+        except (OSError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
+            fail(f"--agent {args.agent}: not an agent.pt: {str(error).splitlines()[0]}")
+        saved |= {"resume": None, "capture_video": False, "device": "auto"}
+    parser.set_defaults(**saved)
+    args = parser.parse_args(argv)
+    for name in saved.keys() - may_change:
+        if getattr(args, name) != saved[name]:
+            fail(f"{names[name]} {getattr(args, name)}: the run has {saved[name]}")
     if args.env_id not in GAMES:
         hint = f"did you mean {nearest(args.env_id, GAMES)}? There are {', '.join(GAMES)}"
         fail(f"--env-id {args.env_id}: no such game, {hint}")

@@ -52,10 +52,9 @@ def train(flags):
     """A run, or more of one, in this process -> its agent."""
     args = parse(flags)
     with ppg.run_directory(args) as run_dir:
+        # TensorBoard reads the event files of a directory in the order of the seconds in their names.
         while list(run_dir.glob(f"events.*.{int(time.time())}.*")):
-            time.sleep(
-                0.05
-            )  # TensorBoard reads the event files of a directory in the order of the seconds in their names
+            time.sleep(0.05)
         return ppg.train(args, run_dir)
 
 
@@ -97,6 +96,11 @@ def scalars(run_dir):
     return {tag: {e.step: e.value for e in loaded.Scalars(tag)} for tag in loaded.Tags()["scalars"]}
 
 
+def untimed(run_dir):
+    """The scalars of a run that do not tell times."""
+    return {tag: s for tag, s in scalars(run_dir).items() if tag != "charts/SPS" and not tag.startswith("time/")}
+
+
 def flat(value, path="checkpoint"):
     """Nested containers -> {path: value}, tensors as their type, shape and hash."""
     if isinstance(value, torch.Tensor):
@@ -113,8 +117,8 @@ def content(run_dir):
     assert path == Path(run_dir, "checkpoint.pt")
     for name in ("run_dir", "total_timesteps", "checkpoint_every"):
         del data["args"][name]
-    logged = {tag: s for tag, s in scalars(run_dir).items() if tag != "charts/SPS" and not tag.startswith("time/")}
-    return flat(data) | flat(ppg.load_agent(Path(run_dir, "agent.pt"))[0].state_dict(), "agent") | flat(logged, "log")
+    agent = ppg.load_agent(Path(run_dir, "agent.pt"))[0].state_dict()
+    return flat(data) | flat(agent, "agent") | flat(untimed(run_dir), "log")
 
 
 def position(path):
@@ -1051,52 +1055,42 @@ def test_evaluation_sees_other_levels(tmp_path):
     assert list(ppg.Evaluation(parse(SMALL), 5, tmp_path).envs) == ["fresh"]
 
 
-class Clockwork(gym.vector.VectorEnv):
-    """Episodes of i + 1 steps and return i + 1 in environment i."""
-
-    def __init__(self, num_envs):
-        super().__init__(num_envs, gym.spaces.Box(0, 255, (8, 8, 3), np.uint8), gym.spaces.Discrete(2))
-        self.steps = np.zeros(num_envs, int)
-
-    def reset_wait(self, seed=None, options=None):
-        self.steps[:] = 0
-        return np.zeros((self.num_envs, 8, 8, 3), np.uint8), {}
-
-    def step_async(self, actions):
-        self.steps += 1
-
-    def step_wait(self):
-        ended = self.steps == np.arange(self.num_envs) + 1
-        self.steps[ended] = 0
-        return np.zeros((self.num_envs, 8, 8, 3), np.uint8), np.ones(self.num_envs), ended, np.zeros_like(ended), {}
-
-
 def test_every_environment_plays_its_quota(tmp_path, monkeypatch, capsys):
     """Short episodes are not counted more often than long ones, and the number of episodes is printed."""
-    monkeypatch.setattr(ppg, "make_envs", lambda args, num_envs, seed, held_out: Clockwork(num_envs))
+    envs = Quadrants(64, length=1, stagger=1)  # the length of its episodes names the environment
+    monkeypatch.setattr(ppg, "make_envs", lambda *_, **__: envs)
     evaluation = ppg.Evaluation(parse(""), 130, tmp_path)
-    scalars = evaluation.run(ppg.Agent((8, 8, 3), 2, "shared"), torch.device("cpu"), False, 0)
-    assert scalars == {"eval/episodic_return": 32.5}  # the mean of 1 to 64
-    assert "fresh levels: return 32.50 +- " in (line := capsys.readouterr().out) and "192 episodes" in line
+    logged = evaluation.run(ppg.Agent((32, 32, 3), 4, "shared"), torch.device("cpu"), False, 0)
+    returns = [[total for _, total, length in envs.ended if length == n][:3] for n in range(1, 65)]
+    assert logged == {"eval/episodic_return": pytest.approx(np.mean(returns))}
+    line = f"fresh levels: return {np.mean(returns):.2f} +- {np.std(returns) / 192**0.5:.2f}, "
+    assert line in (output := capsys.readouterr().out) and "192 episodes" in output
 
 
-def test_evaluating_an_agent(tmp_path):
+def test_evaluating_an_agent(tmp_path, capsys):
     """--evaluate K --agent PATH plays another run's agent.pt, from another place and beside the run that goes on, and
-    writes nothing; it prints what an evaluation within the run prints for that agent."""
+    writes nothing; it prints what an evaluation within the run prints for that agent. A flag that contradicts those of
+    its run ends in exit status 2 and one line that names it."""
     train(f"{EVAL} --run-dir {tmp_path / 'run'} --total-timesteps {PHASE}")
     process = start(f"--resume {tmp_path / 'run'} --total-timesteps 1e9")
     read_until(process, "step")
     agent = shutil.copy(tmp_path / "run" / "agent.pt", tmp_path / "copy.pt")
-    before = sorted(tmp_path.rglob("*"))
+
+    def present():  # but for what the run replaces at every moment
+        return {path for path in tmp_path.rglob("*") if not re.match("checkpoint|.*partial", path.name)}
+
+    before = present()
     status, output, errors = finish(start(f"--evaluate 5 --agent {agent}", cwd=tmp_path))
     process.kill()
-    assert (status, errors, len(output)) == (0, [], 2) and sorted(tmp_path.rglob("*")) == before
+    assert (status, errors, len(output)) == (0, [], 2) and present() == before
     returns = [
         float(re.search(r"levels: return (\S+) \+- \S+, normalised \S+, 5 episodes", line)[1]) for line in output
     ]
     logged = {tag: points[PHASE] for tag, points in scalars(tmp_path / "run").items() if tag.startswith("eval/")}
     expected = logged["eval/episodic_return"], logged["eval/generalization_gap"]
     assert (returns[1], returns[0] - returns[1]) == pytest.approx(expected, abs=0.011)
+    for flags in "--num-levels 3", "--env-id maze", "--arch dual", "--precision bf16":
+        refused(f"--evaluate 5 --agent {agent} {flags}", f"{flags}: the run has ", capsys)
 
 
 def test_video(tmp_path):
@@ -1310,13 +1304,6 @@ def ended(launched, within=200):
     return launched.returncode, output, re.findall(of_script, errors, re.MULTILINE)
 
 
-def read_scalars(run_dir):
-    """TensorBoard's scalars of a run that do not tell times: {tag: {step: value}}."""
-    loaded = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
-    tags = [tag for tag in loaded.Tags()["scalars"] if not tag.startswith(("time/", "charts/SPS"))]
-    return {tag: {e.step: e.value for e in loaded.Scalars(tag)} for tag in tags}
-
-
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What the ranks of 1 (without torchrun), 2 and 4 processes found: {processes: [result]}, and the folder."""
@@ -1357,7 +1344,7 @@ def test_processes_do_not_change_the_mathematics(ranks, processes):
         for parameter, gradient in result["float32"]["gradients"].items():
             assert (gradient - expected[parameter]).norm() <= 1e-5 * expected[parameter].norm() > 0, parameter
     for name in ("dual", "shared"):
-        one, several = (read_scalars(folder / str(n) / name) for n in (1, processes))
+        one, several = (untimed(folder / str(n) / name) for n in (1, processes))
         assert one.keys() == several.keys() and sum(one["charts/episodes"].values()) > 10
         for tag in one.keys() - {"losses/explained_variance"}:
             assert several[tag] == pytest.approx(one[tag], rel=1e-5, abs=1e-9), tag
@@ -1407,7 +1394,7 @@ def test_ranks_have_their_own_streams(ranks):
 def test_output_of_two_processes(two_processes):
     """Rank 0 alone prints and writes: each line and file is there once. Steps and episodes are those of all ranks."""
     run_dir, output = two_processes
-    logged, steps = read_scalars(run_dir), list(range(128, 769, 128))
+    logged, steps = untimed(run_dir), list(range(128, 769, 128))
     lines = output.splitlines()
     assert len(lines) == 1 + 6 + 3 + 1 and lines[0].startswith("bossfight") and lines[-1].startswith("done in"), output
     assert re.findall(r"^step ([\d,]+)/768", output, re.MULTILINE) == [f"{step:,}" for step in steps]
@@ -1460,15 +1447,7 @@ def test_stopped_run_of_two_processes(tmp_path, two_processes, stopped_by):
     with torchrun(2, *command[1:]) as launched:
         status, _, errors = ended(launched)
     assert (status, errors) == (0, [])
-    datas = [ppg.load_checkpoint(run_dir)[1] for run_dir in (two_processes[0], tmp_path / "run")]
-    for data in datas:
-        assert not data["args"].pop("run_dir") == data["args"].pop("resume") is None
-    one, other = map(torch.utils._pytree.tree_flatten_with_path, datas)
-    for (path, a), (other_path, b) in zip(one[0], other[0], strict=True):
-        assert path == other_path and (torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b), path
-    agents = [ppg.load_agent(run_dir / "agent.pt")[0].state_dict() for run_dir in (two_processes[0], tmp_path / "run")]
-    assert all(torch.equal(a, b) for a, b in zip(*(agent.values() for agent in agents), strict=True))
-    assert read_scalars(two_processes[0]) == read_scalars(tmp_path / "run")
+    assert content(tmp_path / "run") == content(two_processes[0])
 
 
 SLOW_RANK_0 = """
