@@ -19,6 +19,8 @@ authors' code, github.com/openai/phasic-policy-gradient at commit 7295473. Its A
         E_aux epochs: minimise L^joint = 1/2 (V_aux - V^targ)^2 + beta_clone * KL[pi_old, pi]  w.r.t. theta_pi
                       and L^value  w.r.t. theta_V
 
+theta_pi is the policy network, with a value head V_aux of its own, theta_V the value network, B a buffer of the phase.
+
 Why: what the value function learns about a state serves the policy too, but trained together the two losses pull at
 the same features and must reuse samples equally often, though the policy does best with about one pass over them and
 the value function, a regression, profits from more (paper, "Policy Sample Reuse", "Value Sample Reuse"). So the policy
@@ -32,17 +34,18 @@ Where this file departs from the official code, or the paper is silent:
    phase takes the full value gradient, as section 3.6 says. Official: detached there too (--detach-value always).
 2. Policy and value epochs (E_pi, E_V) run side by side in one loop with one Adam. The official code runs them one after
    the other with an Adam each when they differ. With two networks that is the same: no gradient, no step. With one, the
-   epochs that only E_V has train the value head alone (--detach-value never: the encoder too).
+   epochs by which E_V exceeds E_pi train the value head alone (--detach-value never: the encoder too).
 3. Minibatches of the policy phase are drawn from single transitions, those of the auxiliary phase from whole segments.
    The official code draws segments in both, 8 from each of its 4 workers; with 64 environments 8 would be all, and the
-   steps of a segment are alike. PPO's row on StarPilot gained 0.5 of return at 0.4 M steps by it (results/README.md).
+   steps of a segment are alike. PPO's row on StarPilot gained 0.2 to 0.6 of return by it at 0.3 to 0.5 M steps, one
+   seed (results/README.md).
 4. The step count is reached, rounded up to a rollout, and an auxiliary phase follows every complete policy phase. The
    official code skips the last one.
 5. The auxiliary phase computes in bfloat16 where the hardware has it, and convolutions on CUDA in TF32 (--precision).
 6. Defaults are easy levels, 64 environments and 25 M steps. The paper: --distribution-mode hard --num-envs 256
    --total-timesteps 100_000_000.
 
-Shapes: N environments, T steps per rollout, S = N_pi * N segments in the phase buffer, A actions, B a flat batch.
+Shapes: N environments, T steps per rollout, S = N_pi * N segments in the phase buffer, A actions, [B] a flat batch.
 A segment is the T steps of one environment in one rollout: a row of every [N, T] and [S, T] tensor.
 """
 
@@ -57,7 +60,6 @@ import io
 import math
 import os
 import pickle
-import random
 import re
 import shlex
 import signal
@@ -128,13 +130,16 @@ def parse_args(argv=None):
     # auxiliary phase
     flag("--e-aux", type=UINT, default=6, help="auxiliary epochs per phase, E_aux, 0 = none (paper: 6; PPO: 0)")
     flag("--beta-clone", type=WEIGHT, default=1.0, help="weight of KL[pi_old, pi] (paper: 1)")
-    flag(
-        "--num-aux-minibatches", type=COUNT, default=16, help="minibatches per auxiliary epoch and rollout (paper: 16)"
-    )
+    flag("--num-aux-minibatches", type=COUNT, default=16, help="minibatches per auxiliary epoch x rollout (paper: 16)")
     flag("--aux-learning-rate", type=POSITIVE, default=5e-4, help="Adam's step size, auxiliary phase (paper: 5e-4)")
     # evaluation
     flag("--eval-episodes", type=UINT, default=0, help="episodes on held-out levels after each phase, 0 = none")
-    flag("--capture-video", action="store_true", help="record one episode of each evaluation, 512 x 512")
+    flag(
+        "--capture-video",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="record one episode of each evaluation, 512 x 512",
+    )
     flag("--evaluate", type=COUNT, metavar="K", help="play K episodes with the agent of --agent, and exit")
     flag("--agent", metavar="PATH", help="the agent.pt to --evaluate")
     # machine and output
@@ -258,13 +263,12 @@ class ProcgenVectorEnv:
         return obs["rgb"], rewards, first, np.zeros_like(first), {}
 
     def state_dict(self):
-        """-> {environment: its exact state, uint8 [bytes]}. Without this method a resumed run begins new episodes."""
-        states = enumerate(self.procgen.callmethod("get_state"))
-        return {i: torch.frombuffer(bytearray(state), dtype=torch.uint8) for i, state in states}
+        """-> [each environment's exact state, bytes]. Without this method a resumed run begins new episodes."""
+        return self.procgen.callmethod("get_state")
 
     def load_state_dict(self, states):
         self.fresh = False
-        self.procgen.callmethod("set_state", [state.numpy().tobytes() for state in states.values()])
+        self.procgen.callmethod("set_state", states)
 
 
 def make_envs(args, num_envs, seed, held_out=False, **options):
@@ -333,8 +337,9 @@ def act(agent, obs, bf16=False):
     """uint8 [N, H, W, C] -> sampled actions [N], their log-probabilities [N], values [N]."""
     logits, _, values = agent(obs, bf16)
     logprobs = F.log_softmax(logits, dim=-1)
-    # argmax of p / Exp(1) noise is a sample of p, without the GPU synchronisation of torch.multinomial
-    actions = (logprobs.exp() / torch.empty_like(logprobs).exponential_()).argmax(-1)
+    # argmax of p / Exp(1) noise is a sample of p. The noise is the host's: one generator to save, whatever the device.
+    noise = torch.empty(logprobs.shape).exponential_().to(logprobs.device)
+    actions = (logprobs.exp() / noise).argmax(-1)
     return actions, logprobs.gather(-1, actions[:, None]).squeeze(-1), values
 
 
@@ -404,10 +409,8 @@ def minibatches(data, size, epochs, device):
 def chunks(batch, size):
     """Yield (at most `size` observations of the batch, their share of it). The gradients of share * loss add up to the
     batch's, if the loss is a mean over observations; the memory that activations take does not depend on its size."""
-    total = len(batch["obs"])
-    for start in range(0, total, size):
-        chunk = {name: x[start : start + size] for name, x in batch.items()}
-        yield chunk, len(chunk["obs"]) / total
+    for parts in zip(*(x.split(size) for x in batch.values())):
+        yield dict(zip(batch, parts)), len(parts[0]) / len(batch["obs"])
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -421,8 +424,7 @@ def train(args, run_dir):
     has_aux_phase = args.e_aux > 0 and num_rollouts >= args.n_pi
     S = N * (args.n_pi if has_aux_phase else 1)
     storage = choose_storage(args, device, S)  # before anything large is made
-    for seed in (random.seed, np.random.seed):  # for environments that draw from them
-        seed(stream_seed(args.seed, RANK))
+    np.random.seed(stream_seed(args.seed, RANK))  # for environments that draw from it
     torch.manual_seed(args.seed)
     envs = make_envs(args, N, stream_seed(args.seed, RANK))
     image, num_actions = envs.single_observation_space.shape, int(envs.single_action_space.n)
@@ -474,7 +476,6 @@ def train(args, run_dir):
                 actions[:, t], logprobs[:, t], values[:, t] = act(agent, obs[:, t].to(device), policy_bf16)  # sync
                 next_obs, reward, terminated, truncated, _ = envs.step(actions[:, t].numpy())
                 rewards[:, t], dones[:, t] = torch.from_numpy(reward), torch.from_numpy(terminated | truncated)
-                episodes.update(rewards[:, t], dones[:, t])
             values[:, T] = act(agent, torch.from_numpy(next_obs).to(device), policy_bf16)[2]  # for GAE; not a step
             global_step += args.num_envs * T
             log.lap("rollout")
@@ -505,7 +506,7 @@ def train(args, run_dir):
                 optimizer.step()
 
             log.lap("policy_phase")
-            scalars = episodes.end_rollout(envs)
+            scalars = episodes(rewards, dones, envs)
             scalars["charts/learning_rate"] = args.learning_rate
             log.write_iteration(phase, global_step, scalars)
 
@@ -568,18 +569,16 @@ class EpisodeStatistics:
 
     def __init__(self, num_envs):
         self.under_way = torch.zeros(num_envs, 2, dtype=torch.float64)  # return and length so far
-        self.ended = []  # [return, length] of the episodes that ended in this rollout
         self.recent = []  # returns of the last 100 episodes
 
-    def update(self, rewards, dones):
-        """One step's rewards and dones, [N] each."""
-        self.under_way += torch.stack([rewards, torch.ones_like(rewards)], dim=1)
-        self.ended += self.under_way[dones > 0].tolist()
-        self.under_way[dones > 0] = 0
-
-    def end_rollout(self, envs):
-        """-> what to log of the rollout {tag: scalar}; its own means only where an episode ended."""
-        ended, self.ended = [episode for part in gather(self.ended) for episode in part], []
+    def __call__(self, rewards, dones, envs):
+        """A rollout's [N, T] -> what to log of it {tag: scalar}; its own means only where an episode ended."""
+        ended = []  # [return, length], in order of time
+        for reward, done in zip(rewards.T, dones.T > 0):
+            self.under_way += torch.stack([reward, torch.ones_like(reward)], dim=1)
+            ended += self.under_way[done].tolist()
+            self.under_way[done] = 0
+        ended = [episode for part in gather(ended) for episode in part]
         self.recent = [*self.recent, *(total for total, _ in ended)][-100:]
         scalars = {"charts/episodes": len(ended)}
         if self.recent:
@@ -718,9 +717,17 @@ def save(path, data, previous=None):
     os.replace(unfinished, path)
 
 
+def load(path, device="cpu"):
+    """-> what `save` has written there; ValueError where it is missing or damaged."""
+    content = path.read_bytes() if path.exists() else b""
+    if hashlib.sha256(content[:-32]).digest() != content[-32:]:
+        raise ValueError("missing or damaged")
+    return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+
+
 def load_agent(path, device="cpu"):
     """agent.pt of a run -> the Agent, the run's flags as a Namespace."""
-    saved = torch.load(path, map_location=device, weights_only=True)
+    saved = load(Path(path), device)
     args, weights = argparse.Namespace(**saved["args"]), saved["agent"]
     agent = Agent(saved["image"], len(weights["policy_head.bias"]), args.arch).to(device)
     agent.load_state_dict(weights)
@@ -732,19 +739,17 @@ def save_checkpoint(run_dir, args, state, numerics, phase, global_step, next_obs
     data = {"args": {**vars(args), "resume": None}, "numerics": numerics, "phase": phase, "global_step": global_step}
     data |= {name: state[name].state_dict() for name in ("agent", "optimizer", "aux_optimizer")}
     mine = {"next_obs": torch.from_numpy(next_obs), "cpu_random": torch.get_rng_state()}
-    mine["cuda_random"] = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     mine["envs"] = state["envs"].state_dict() if hasattr(state["envs"], "state_dict") else None
     data["ranks"] = gather({**mine, "episodes": state["episodes"], "normalize": state["normalize"]})
     save(run_dir / "checkpoint.pt", data, previous=run_dir / "checkpoint.previous.pt")
 
 
 def load_checkpoint(run_dir):
-    """-> path and content of the newest checkpoint whose checksum is right; None, None where there is none."""
+    """-> path and content of the newest checkpoint that is undamaged; ValueError where there is none."""
     for path in (Path(run_dir, "checkpoint.pt"), Path(run_dir, "checkpoint.previous.pt")):
-        content = path.read_bytes() if path.exists() else b""
-        if hashlib.sha256(content[:-32]).digest() == content[-32:]:
-            return path, torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    return None, None
+        with contextlib.suppress(ValueError):
+            return path, load(path)
+    raise ValueError("not the directory of a run with a complete, undamaged checkpoint")
 
 
 def restore(run_dir, state, numerics, next_obs):
@@ -762,8 +767,6 @@ def restore(run_dir, state, numerics, next_obs):
     for name in ("episodes", "normalize"):
         state[name].update(mine[name])
     torch.set_rng_state(mine["cpu_random"])
-    if torch.cuda.is_initialized() and mine["cuda_random"] is not None:
-        torch.cuda.set_rng_state(mine["cuda_random"])
     if mine["envs"] is not None:
         state["envs"].load_state_dict(mine["envs"])
         next_obs = mine["next_obs"].numpy()
@@ -782,17 +785,17 @@ def stop(args, run_dir, reason, status):
         os._exit(status)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # one reason is enough
-    saved, data = "nothing to resume is saved", None
-    with contextlib.suppress(OSError, RuntimeError, pickle.UnpicklingError):
-        data = load_checkpoint(run_dir)[1]
-    if data:
+    saved = "nothing to resume is saved"
+    with contextlib.suppress(OSError, RuntimeError, ValueError, TypeError, pickle.UnpicklingError):
+        data = load_checkpoint(run_dir)[1]  # TypeError: no directory yet
         rollout = args.num_envs * args.num_steps
         phases = min(args.checkpoint_every, math.ceil(args.total_timesteps / rollout) // args.n_pi)
         first = f"the first checkpoint comes at step {phases * args.n_pi * rollout:,}"
         nothing = f"nothing but the start is saved, {first if phases else 'no checkpoint comes'}"
         saved = f"saved up to step {data['global_step']:,}" if data["global_step"] else nothing
-        launcher = ["torchrun", f"--nproc-per-node={LOCAL_WORLD_SIZE}"] if WORLD_SIZE > 1 else [sys.executable]
-        saved += f"; continue with: {shlex.join([*launcher, sys.argv[0], '--resume', str(run_dir)])}"
+        torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={LOCAL_WORLD_SIZE}"] if WORLD_SIZE > 1 else []
+        flags = sys.argv[1:] if args.resume else ["--resume", str(run_dir)]
+        saved += f"; continue with: {shlex.join([sys.executable, *torchrun, sys.argv[0], *flags])}"
     os.write(2, f"\n{Path(__file__).name}: {reason}: {saved}\n".encode())
     os._exit(status)
 
@@ -808,13 +811,13 @@ class Evaluation:
     def __init__(self, args, num_episodes, run_dir):
         num_envs, self.seed = max(1, min(num_episodes, 64) // WORLD_SIZE), stream_seed(args.seed, 1000 + RANK)
         self.run_dir, self.quota = run_dir, math.ceil(num_episodes / (num_envs * WORLD_SIZE))
-        finite = args.num_levels and args.distribution_mode != "exploration"
-        kinds = {"training": False, "held-out": True} if finite else {"fresh": True}  # all levels, from another seed
+        kinds = {"training": False, "held-out": True} if args.num_levels else {"fresh": True}  # all, from another seed
         self.envs = {name: make_envs(args, num_envs, self.seed, held_out) for name, held_out in kinds.items()}
         self.start = {name: envs.state_dict() for name, envs in self.envs.items() if hasattr(envs, "state_dict")}
         self.screen = None
         if args.capture_video and RANK == 0:
-            self.screen = make_envs(args, 1, self.seed, held_out=True, render_mode="rgb_array").procgen
+            self.screen = make_envs(args, 1, self.seed, held_out=True, render_mode="rgb_array")
+            self.start["screen"] = self.screen.state_dict()
 
     def play(self, envs, policy):
         """-> the returns of each environment's quota. The episodes that end first, of all, would be the short ones."""
@@ -828,7 +831,7 @@ class Evaluation:
                 totals[i] = 0
         return [episode_return for part in returns for episode_return in part[: self.quota]]
 
-    @torch.random.fork_rng()
+    @torch.random.fork_rng(devices=())
     def run(self, agent, device, bf16, step):
         """Print a line for each kind of levels -> scalars to log."""
 
@@ -851,7 +854,8 @@ class Evaluation:
             scalars["eval/generalization_gap"] = means["training"] - means["held-out"]
         if self.screen:
             folder = self.run_dir / "videos"
-            recorder = VideoRecorderWrapper(self.screen, folder, info_key="rgb", prefix=f"step-{step}-")
+            self.screen.load_state_dict(self.start["screen"])
+            recorder = VideoRecorderWrapper(self.screen.procgen, folder, info_key="rgb", prefix=f"step-{step}-")
             ended = False
             while not ended:  # one episode
                 recorder.act(policy(recorder.observe()[1]["rgb"]))
@@ -925,6 +929,8 @@ def choose_device(args):
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // LOCAL_WORLD_SIZE))
     torch.backends.cudnn.allow_tf32 = args.precision != "fp32"  # convolutions, 98 % of all products; heads stay fp32
     if device.type == "cuda":
+        if LOCAL_WORLD_SIZE > torch.cuda.device_count():
+            fail(f"{LOCAL_WORLD_SIZE} processes on {torch.cuda.device_count()} GPUs: one each, or --device cpu")
         torch.cuda.set_device(LOCAL_RANK)
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -950,10 +956,11 @@ def free_memory(root="/"):
 def choose_storage(args, device, segments):
     """-> the device on which the phase buffer fits; an error where it fits on none."""
     needed, working = segments * args.num_steps * 64 * 64 * 3, 1_500_000_000  # Procgen's observations; all else
+    free = min(gather(free_memory())) // LOCAL_WORLD_SIZE
     if device.type == "cuda" and needed + 6e9 < torch.cuda.mem_get_info()[0]:  # 5.0 GB of activations, 1 to spare
         return device
-    if needed + working > (free := min(gather(free_memory())) // LOCAL_WORLD_SIZE):
-        fits = int((free - working) / needed * args.n_pi)
+    if needed + working > free:
+        fits = int((free - working) / needed * (segments * WORLD_SIZE // args.num_envs))
         advice = f"--n-pi {fits} is the largest that fits" if fits > 0 else "take fewer --num-envs or --num-steps"
         fail(f"the phase buffer takes {needed:,} bytes, training {working:,} more, and {free:,} are free: {advice}")
     return torch.device("cpu")
@@ -961,15 +968,14 @@ def choose_storage(args, device, segments):
 
 def announce(args, agent, aux_obs, device, policy_bf16, aux_bf16):
     """Print the run's first line -> what the last bits of its results depend on."""
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{cpu}, {torch.get_num_threads()} threads"
     names = "TF32" if device.type == "cuda" and args.precision != "fp32" else "fp32", "bf16"
     numerics = f"{device.type} ({hardware}), policy phase {names[policy_bf16]}, auxiliary phase {names[aux_bf16]}"
-    print(
-        f"{args.env_id} {args.distribution_mode}, {args.num_levels or 'all'} levels | {args.arch}, "
-        f"{sum(p.numel() for p in agent.parameters()):,} parameters | {args.num_envs} environments x {args.num_steps} "
-        f"steps x {args.n_pi} rollouts a phase | {numerics} | buffer {aux_obs.nbytes / 1e9:.2f} GB on {aux_obs.device}",
-        flush=True,
-    )
+    size = f"{args.arch}, {sum(p.numel() for p in agent.parameters()):,} parameters"
+    game = f"{args.env_id} {args.distribution_mode}, {args.num_levels or 'all'} levels | {size}"
+    phase = f"{args.num_envs} environments x {args.num_steps} steps, N_pi {args.n_pi} | {numerics}"
+    print(f"{game} | {phase} | buffer {aux_obs.nbytes / 1e9:.2f} GB on {aux_obs.device}", flush=True)
     return f"{numerics}, torch {torch.__version__}"
 
 
@@ -1022,7 +1028,7 @@ def number(low, high, kind=float):
     return parse
 
 
-COUNT, UINT = number(1, 10**12, int), number(0, 2**30, int)
+COUNT, UINT = number(1, 10**12, int), number(0, 10**9, int)
 POSITIVE, WEIGHT = number(1e-12, 1e12), number(0, 1e12)
 DISCOUNT, FRACTION = number(1e-12, 1), number(0, 1)
 RESUME_MAY_CHANGE = {"resume", "total_timesteps", "checkpoint_every", "device", "eval_episodes", "capture_video"}
@@ -1036,26 +1042,21 @@ def check_flags(parser, argv):
     if unknown:
         fail(f"{unknown[0]}: no such flag, did you mean {nearest(unknown[0], names.values())}?")
     saved, may_change = {}, set()
-    if args.resume:
-        try:
+    try:
+        if args.resume:
             data = load_checkpoint(args.resume)[1]
-        except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-            fail(f"--resume {args.resume}: {str(error).splitlines()[0]}")
-        if data is None:
-            fail(f"--resume {args.resume}: not the directory of a run with a complete, undamaged checkpoint")
-        if differing := sorted(data["args"].keys() ^ names.keys()):
-            fail(f"--resume {args.resume}: written by another version of this script; differing flags: {differing}")
-        if len(data["ranks"]) != WORLD_SIZE:
-            fail(f"--resume {args.resume}: a run of {len(data['ranks'])} processes, and this is {WORLD_SIZE}")
-        saved, may_change = {**data["args"], "run_dir": args.resume}, RESUME_MAY_CHANGE  # it may have been moved
-    elif args.agent:
-        try:
+            if differing := sorted(data["args"].keys() ^ names.keys()):
+                fail(f"--resume {args.resume}: written by another version of this script; differing flags: {differing}")
+            if len(data["ranks"]) != WORLD_SIZE:
+                fail(f"--resume {args.resume}: a run of {len(data['ranks'])} processes, and this is {WORLD_SIZE}")
+            saved, may_change = {**data["args"], "run_dir": args.resume}, RESUME_MAY_CHANGE  # it may have been moved
+        elif args.agent:
             saved, may_change = vars(load_agent(args.agent)[1]), EVALUATE_MAY_CHANGE
-        except (OSError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
-            fail(f"--agent {args.agent}: not an agent.pt: {str(error).splitlines()[0]}")
-        saved |= {"resume": None, "capture_video": False, "device": "auto"}
-    parser.set_defaults(**saved)
-    args = parser.parse_args(argv)
+            saved |= {"resume": None, "capture_video": False, "device": "auto"}
+    except (OSError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        what = f"--resume {args.resume}" if args.resume else f"--agent {args.agent}: not an agent.pt"
+        fail(f"{what}: {str(error).splitlines()[0]}")
+    args = parser.parse_args(argv, argparse.Namespace(**saved))
     for name in saved.keys() - may_change:
         if getattr(args, name) != saved[name]:
             fail(f"{names[name]} {getattr(args, name)}: the run has {saved[name]}")
@@ -1070,11 +1071,13 @@ def check_flags(parser, argv):
         fail(f"--start-level {args.start_level}: only together with --num-levels")
     if args.arch == "dual" and args.detach_value != "policy":
         fail(f"--detach-value {args.detach_value}: only for --arch shared")
-    for name in ("num_minibatches", "num_aux_minibatches") if args.e_aux else ("num_minibatches",):
-        if args.num_envs % (getattr(args, name) * WORLD_SIZE):
-            each = f" x {WORLD_SIZE} processes" if WORLD_SIZE > 1 else ""
-            fail(f"--num-envs {args.num_envs} is not a multiple of {names[name]} {getattr(args, name)}{each}")
-    rollout = args.num_envs * args.num_steps
+    rollout, processes = args.num_envs * args.num_steps, f" x {WORLD_SIZE} processes" if WORLD_SIZE > 1 else ""
+    if rollout % (args.num_minibatches * WORLD_SIZE):
+        size = f"--num-envs {args.num_envs} x --num-steps {args.num_steps}"
+        fail(f"{size} is not a multiple of --num-minibatches {args.num_minibatches}{processes}")
+    divisor = args.num_aux_minibatches if args.e_aux else 1
+    if args.num_envs % (divisor * WORLD_SIZE):
+        fail(f"--num-envs {args.num_envs} is not a multiple of --num-aux-minibatches {divisor}{processes}")
     if (args.evaluate is None) != (args.agent is None):
         fail("--evaluate K and --agent PATH go together")
     if args.evaluate and WORLD_SIZE > 1:
@@ -1106,4 +1109,6 @@ if __name__ == "__main__":
     except (Stopped, torch.OutOfMemoryError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise  # not a full disk
+        if RANK and not isinstance(error, Stopped):
+            raise  # rank 0 does not know of it
         stop(args, run_dir, error, 1)
