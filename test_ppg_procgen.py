@@ -609,8 +609,12 @@ def test_runs_in_one_process(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = parse(f"{SMALL} --gamma 0.9 --exp-name mine")
     before = dict(vars(args))
+
+    def interrupted(*_):
+        raise KeyboardInterrupt  # not by a signal, which a background job inherits as ignored
+
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as kept:
-        patch.setattr(ppg.Log, "write_iteration", lambda *_: signal.raise_signal(signal.SIGINT))
+        patch.setattr(ppg.Log, "write_iteration", interrupted)
         with ppg.run_directory(args) as first:
             ppg.train(args, first)
     time.sleep(1.1)  # default names have the second
