@@ -1071,8 +1071,9 @@ def code_blocks(*languages):
 
 def test_readme_flags_and_commands(tmp_path, two_phases, monkeypatch):
     """Every flag that the README names exists, and every command line of the script in it parses; what they resume is
-    runs/demo. .ci/run runs the README's test command."""
+    runs/demo, what they evaluate is there. .ci/run runs the README's test command."""
     shutil.copytree(two_phases, tmp_path / "runs" / "demo")
+    (tmp_path / "results").symlink_to(SCRIPT.with_name("results"))
     monkeypatch.chdir(tmp_path)
     (tests,) = (block for block in code_blocks("bash") if "pytest" in block)
     assert tests.strip() in SCRIPT.with_name(".ci").joinpath("run").read_text()
