@@ -101,7 +101,7 @@ LOCAL_RANK, LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_RANK", "0")), int(os.en
 def parse_args(argv=None):
     """Flags -> Namespace. Wrong ones end the program with exit status 2 and one line."""
     parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error, flag = fail, parser.add_argument
+    parser.error, flag, switch = fail, parser.add_argument, argparse.BooleanOptionalAction
     # environment
     flag("--env-id", default="starpilot", help="one of the 16 Procgen games")
     flag("--distribution-mode", default="easy", help="easy, hard, or what else the game has (paper: hard)")
@@ -134,19 +134,14 @@ def parse_args(argv=None):
     flag("--aux-learning-rate", type=POSITIVE, default=5e-4, help="Adam's step size, auxiliary phase (paper: 5e-4)")
     # evaluation
     flag("--eval-episodes", type=UINT, default=0, help="episodes on held-out levels after each phase, 0 = none")
-    flag(
-        "--capture-video",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="record one episode of each evaluation, 512 x 512",
-    )
+    flag("--capture-video", action=switch, default=False, help="record an episode of each evaluation, 512 x 512")
     flag("--evaluate", type=COUNT, metavar="K", help="play K episodes with the agent of --agent, and exit")
     flag("--agent", metavar="PATH", help="the agent.pt to --evaluate")
     # machine and output
     flag("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto = cuda where there is one")
     precision = "fp32, bf16: everywhere; auto = bf16 in the auxiliary phase only, where the hardware has it"
     flag("--precision", default="auto", choices=("auto", "fp32", "bf16"), help=precision)
-    flag("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the networks")
+    flag("--compile", action=switch, default=False, help="torch.compile the networks")
     flag("--exp-name", default=Path(__file__).stem, help="part of the default run directory")
     flag("--run-dir", help="where all is written; None = runs/{env_id}__{exp_name}__{seed}__{time}")
     flag("--resume", metavar="RUN_DIR", help="continue that run from its last checkpoint, with its flags")
@@ -263,12 +258,13 @@ class ProcgenVectorEnv:
         return obs["rgb"], rewards, first, np.zeros_like(first), {}
 
     def state_dict(self):
-        """-> [each environment's exact state, bytes]. Without this method a resumed run begins new episodes."""
-        return self.procgen.callmethod("get_state")
+        """-> {environment: its exact state, uint8 [bytes]}. Without this method a resumed run begins new episodes."""
+        states = enumerate(self.procgen.callmethod("get_state"))
+        return {i: torch.frombuffer(bytearray(state), dtype=torch.uint8) for i, state in states}
 
     def load_state_dict(self, states):
         self.fresh = False
-        self.procgen.callmethod("set_state", states)
+        self.procgen.callmethod("set_state", [state.numpy().tobytes() for state in states.values()])
 
 
 def make_envs(args, num_envs, seed, held_out=False, **options):
