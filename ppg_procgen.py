@@ -4,7 +4,7 @@
     python ppg_procgen.py --env-id starpilot                        # the paper's two networks
     python ppg_procgen.py --resume RUN_DIR                          # continue a run that was stopped
     torchrun --nproc-per-node 4 ppg_procgen.py --num-envs 256       # several processes, on one machine or more
-    python ppg_procgen.py --evaluate 200 --agent RUN_DIR/agent.pt   # on training levels and on levels it never saw
+    python ppg_procgen.py --evaluate 200 --agent RUN_DIR/agent.pt   # how well a trained agent plays
 
 Paper: Cobbe, Hilton, Klimov, Schulman 2020, "Phasic Policy Gradient", arXiv:2009.04416. "Official" below is the
 authors' code, github.com/openai/phasic-policy-gradient at commit 7295473. Its Algorithm 1 is `train`. In brief:
@@ -36,9 +36,9 @@ Where this file departs from the official code, or the paper is silent:
    the other with an Adam each when they differ. With two networks that is the same: no gradient, no step. With one, the
    epochs by which E_V exceeds E_pi train the value head alone (--detach-value never: the encoder too).
 3. Minibatches of the policy phase are drawn from single transitions, those of the auxiliary phase from whole segments.
-   The official code draws segments in both, 8 from each of its 4 workers; with 64 environments 8 would be all, and the
-   steps of a segment are alike. PPO's row on StarPilot gained 0.2 to 0.6 of return by it at 0.3 to 0.5 M steps, one
-   seed (results/README.md).
+   The official code draws segments in both, 8 from each of its 4 workers. With 64 environments 8 would be left, too
+   few, since the steps of a segment are alike: single transitions gained PPO on StarPilot 0.2 to 0.6 of return at 0.3
+   to 0.5 M steps, one seed (results/README.md).
 4. The step count is reached, rounded up to a rollout, and an auxiliary phase follows every complete policy phase. The
    official code skips the last one.
 5. The auxiliary phase computes in bfloat16 where the hardware has it, and convolutions on CUDA in TF32 (--precision).
@@ -130,7 +130,7 @@ def parse_args(argv=None):
     # auxiliary phase
     flag("--e-aux", type=UINT, default=6, help="auxiliary epochs per phase, E_aux, 0 = none (paper: 6; PPO: 0)")
     flag("--beta-clone", type=WEIGHT, default=1.0, help="weight of KL[pi_old, pi] (paper: 1)")
-    flag("--num-aux-minibatches", type=COUNT, default=16, help="minibatches per auxiliary epoch x rollout (paper: 16)")
+    flag("--num-aux-minibatches", type=COUNT, default=16, help="minibatches per rollout, auxiliary phase (paper: 16)")
     flag("--aux-learning-rate", type=POSITIVE, default=5e-4, help="Adam's step size, auxiliary phase (paper: 5e-4)")
     # evaluation
     flag("--eval-episodes", type=UINT, default=0, help="episodes on held-out levels after each phase, 0 = none")
@@ -141,7 +141,7 @@ def parse_args(argv=None):
     flag("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto = cuda where there is one")
     precision = "fp32, bf16: everywhere; auto = bf16 in the auxiliary phase only, where the hardware has it"
     flag("--precision", default="auto", choices=("auto", "fp32", "bf16"), help=precision)
-    flag("--compile", action=switch, default=False, help="torch.compile the networks")
+    flag("--compile", action=switch, default=False, help="torch.compile the encoders")
     flag("--exp-name", default=Path(__file__).stem, help="part of the default run directory")
     flag("--run-dir", help="where all is written; None = runs/{env_id}__{exp_name}__{seed}__{time}")
     flag("--resume", metavar="RUN_DIR", help="continue that run from its last checkpoint, with its flags")
@@ -233,7 +233,7 @@ class Agent(nn.Module):
 
 class ProcgenVectorEnv:
     """Procgen with the methods of gym's vector environments: uint8 images [N, 64, 64, 3], reset within the same step.
-    An episode's end is `terminated`, Procgen's time limit included, which it does not report."""
+    An episode that meets Procgen's time limit is `terminated` too: Procgen does not tell the two apart."""
 
     def __init__(self, env_id, num_envs, seed, **options):
         threads = max(1, len(os.sched_getaffinity(0)) // LOCAL_WORLD_SIZE)
@@ -287,7 +287,7 @@ class RewardNormalizer:
 
     def __init__(self, num_envs, gamma):
         self.gamma = gamma
-        self.discounted = torch.zeros(num_envs, dtype=torch.float64)  # sum of the episode's rewards so far
+        self.discounted = torch.zeros(num_envs, dtype=torch.float64)  # discounted sum of the episode's rewards
         self.mean, self.var, self.count = 0.0, 1.0, 1e-4
 
     def __call__(self, rewards, dones):
@@ -351,8 +351,8 @@ def policy_phase_loss(agent, batch, args, bf16=False, train_policy=True, train_v
     -> loss, what to log of it {tag: scalar}.
 
     The sum mixes nothing: two networks share no parameter, and with one the value gradient stops at the value head
-    (unless --detach-value never, PPO's sharing). A parameter that no loss reaches keeps grad None, so that Adam leaves
-    it alone; at a zero gradient it would still move it.
+    (unless --detach-value never, PPO's sharing). A parameter that no loss reaches keeps grad None, and Adam skips it;
+    at a gradient of zero its momentum would still move it.
     """
     logits, _, values = agent(batch["obs"], bf16, detach_value=args.detach_value != "never")
     loss, metrics = 0.0, {}
@@ -429,9 +429,10 @@ def train(args, run_dir):
         torch.manual_seed(stream_seed(args.seed, RANK))
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
     aux_optimizer = torch.optim.Adam(agent.parameters(), lr=args.aux_learning_rate, fused=True)
-    if args.compile:  # every pass through the networks, pi_old's too; parameters keep their names
+    if args.compile:  # not the heads: a compiled one that no loss reaches gets a gradient of zero instead of None
         torch._dynamo.config.suppress_errors = True  # without a compiler, say so and go on
-        agent.compile()
+        for encoder in filter(None, (agent.policy_encoder, agent.value_encoder)):
+            encoder.compile()
     episodes, normalize = EpisodeStatistics(N), RewardNormalizer(N, args.reward_norm_gamma)
 
     # The phase buffer (Algorithm 1's B) of S segments, filled in place by the rollouts. uint8 images, a quarter of what
@@ -440,9 +441,9 @@ def train(args, run_dir):
     aux_targets, old_logits = torch.zeros(S, T), torch.zeros(S, T, num_actions)
     actions, logprobs = torch.zeros(N, T, dtype=torch.int64), torch.zeros(N, T)
     rewards, dones, values = torch.zeros(N, T), torch.zeros(N, T), torch.zeros(N, T + 1)
-    # Observations that pass through the networks at a time. On a CPU, 256 are within 3 % of the fastest and keep the
-    # activations small; 128 do where two networks hold them. On a GPU, those of 1,024 and their gradients take at most
-    # 5.0 GB (counted on a CPU: 1.23 MB each an observation and network in fp32).
+    # Observations that pass through the networks at a time. On a CPU, 256 (128 with two networks) are within 3 % of the
+    # fastest and keep the activations small. On a GPU, those of 1,024 and their gradients take at most 5.0 GB (counted
+    # on a CPU: 1.23 MB each an observation and network in fp32).
     chunk_size = 1024 if device.type == "cuda" else 256 if args.arch == "shared" else 128
 
     numerics = announce(args, agent, aux_obs, device, policy_bf16, aux_bf16)
@@ -557,7 +558,8 @@ class Stopped(Exception):
 def check_finite(values, where):
     for name, value in values.items():
         if not torch.as_tensor(value).isfinite().all():
-            raise Stopped(f"{name} is not finite in {where}; begin anew with a smaller learning rate")
+            advice = "--resume would meet it again, begin anew with a smaller --learning-rate"
+            raise Stopped(f"{name} is not finite in {where}; {advice}")
 
 
 class EpisodeStatistics:
@@ -635,7 +637,7 @@ class Log:
             for tag, value in (means | scalars).items():
                 self.writer.add_scalar(tag, value, step)
             self.writer.flush()
-        LIBC.malloc_trim(0)
+        LIBC.malloc_trim(0)  # give back, for now, what `choose_device` lets malloc keep
         return means
 
     def write_iteration(self, phase, step, scalars):
@@ -664,11 +666,11 @@ class Log:
         if not self.times:
             print(f"{run_dir} is complete at step {self.first:,}: a larger --total-timesteps extends it")
             return
-        whole = self.times[: (self.total - self.first) // self.phase] or self.times  # the last may be cut short
-        counted = sum(whole[1:] or whole, Counter())
-        steps = min(len(whole[1:] or whole) * self.phase, self.total - self.first)
-        rate = f"{steps / counted.total():,.0f} steps/s {'after the first phase' if whole[1:] else 'in one phase'}"
-        shares = ", ".join(f"{part.replace('_', ' ')} {t / counted.total():.0%}" for part, t in counted.items())
+        whole = (self.total - self.first) // self.phase  # phases that the end of the run does not cut short
+        counted = self.times[1:whole] or self.times[:1]  # the first only where there is no other
+        steps, seconds = min(len(counted) * self.phase, self.total - self.first), sum(counted, Counter())
+        rate = f"{steps / seconds.total():,.0f} steps/s {'after the first phase' if whole > 1 else 'in one phase'}"
+        shares = ", ".join(f"{part.replace('_', ' ')} {t / seconds.total():.0%}" for part, t in seconds.items())
         wall = timedelta(seconds=round(time.perf_counter() - self.start))
         print(f"done in {wall} | {rate} | {shares} | {run_dir}/agent.pt", flush=True)
 
@@ -792,6 +794,7 @@ def stop(args, run_dir, reason, status):
         torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={LOCAL_WORLD_SIZE}"] if WORLD_SIZE > 1 else []
         flags = sys.argv[1:] if args.resume else ["--resume", str(run_dir)]
         saved += f"; continue with: {shlex.join([sys.executable, *torchrun, sys.argv[0], *flags])}"
+        saved += " and torchrun's flags for several machines" if WORLD_SIZE > LOCAL_WORLD_SIZE else ""
     os.write(2, f"\n{Path(__file__).name}: {reason}: {saved}\n".encode())
     os._exit(status)
 
@@ -816,7 +819,7 @@ class Evaluation:
             self.start["screen"] = self.screen.state_dict()
 
     def play(self, envs, policy):
-        """-> the returns of each environment's quota. The episodes that end first, of all, would be the short ones."""
+        """-> returns, as many of each environment; the first to end overall would be those of short episodes."""
         returns, totals = [[] for _ in range(envs.num_envs)], np.zeros(envs.num_envs)
         obs, _ = envs.reset()
         while min(map(len, returns)) < self.quota:
@@ -857,7 +860,7 @@ class Evaluation:
                 recorder.act(policy(recorder.observe()[1]["rgb"]))
                 ended = recorder.observe()[2][0]
             os.replace(recorder.videopath, folder / f"step-{step}.mp4")
-        return scalars
+        return scalars  # of the last kind, held-out or fresh levels
 
 
 def evaluate(args):
@@ -986,8 +989,9 @@ def fail(message):
     raise SystemExit(2)
 
 
-def nearest(word, words):
-    return difflib.get_close_matches(word.lower(), words, n=1, cutoff=0)[0]
+def hint(word, words):
+    similar = difflib.get_close_matches(word.lower(), words, n=1, cutoff=0.7)  # --lr is 0.6 from --arch
+    return f", did you mean {similar[0]}?" if similar else "."
 
 
 # game: {distribution mode: (R_min, R_max) of the Procgen paper (arXiv:1912.01588, appendix C), None where it has none}
@@ -1036,7 +1040,7 @@ def check_flags(parser, argv):
     args, unknown = parser.parse_known_args(argv)
     names = {name: f"--{name.replace('_', '-')}" for name in vars(args)}
     if unknown:
-        fail(f"{unknown[0]}: no such flag, did you mean {nearest(unknown[0], names.values())}?")
+        fail(f"{unknown[0]}: no such flag{hint(unknown[0], names.values())} --help lists them")
     saved, may_change = {}, set()
     try:
         if args.resume:
@@ -1057,8 +1061,7 @@ def check_flags(parser, argv):
         if getattr(args, name) != saved[name]:
             fail(f"{names[name]} {getattr(args, name)}: the run has {saved[name]}")
     if args.env_id not in GAMES:
-        hint = f"did you mean {nearest(args.env_id, GAMES)}? There are {', '.join(GAMES)}"
-        fail(f"--env-id {args.env_id}: no such game, {hint}")
+        fail(f"--env-id {args.env_id}: no such game{hint(args.env_id, GAMES)} There are {', '.join(GAMES)}")
     if args.distribution_mode not in GAMES[args.env_id]:
         fail(f"--distribution-mode {args.distribution_mode}: {args.env_id} has {', '.join(GAMES[args.env_id])}")
     if args.distribution_mode == "exploration" and (args.num_levels or args.start_level):
