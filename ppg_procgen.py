@@ -37,8 +37,7 @@ Where this file departs from the official code, or the paper is silent:
    epochs by which E_V exceeds E_pi train the value head alone (--detach-value never: the encoder too).
 3. Minibatches of the policy phase are drawn from single transitions, those of the auxiliary phase from whole segments.
    The official code draws segments in both, 8 from each of its 4 workers. With 64 environments 8 would be left, too
-   few, since the steps of a segment are alike: single transitions gained PPO on StarPilot 0.2 to 0.6 of return at 0.3
-   to 0.5 M steps, one seed (results/README.md).
+   few, since the steps of a segment are alike (measured: results/README.md).
 4. The step count is reached, rounded up to a rollout, and an auxiliary phase follows every complete policy phase. The
    official code skips the last one.
 5. The auxiliary phase computes in bfloat16 where the hardware has it, and convolutions on CUDA in TF32 (--precision).
@@ -69,12 +68,12 @@ import time
 import warnings
 from collections import Counter
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from Ctrl-C during the imports, which take seconds
-# OpenMP's threads wait for each other in a spin, by default so long that a second run on the same cores stops both: two
-# of two threads each on two cores together reached 31 % of one's throughput, with this 99 %. Read when torch is loaded.
+# OpenMP's threads wait in a spin, by default so long that two runs on the same cores stop each other (README, "Speed").
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
@@ -94,10 +93,10 @@ from procgen import ProcgenGym3Env
 # Which process this is, of how many, in all and on this machine: from torchrun, without it 0 of 1.
 RANK, WORLD_SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 LOCAL_RANK, LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+LIBC = ctypes.CDLL("libc.so.6")
+
 
 # ---------------------------------------------------------------------------------------------------------------- flags
-
-
 def parse_args(argv=None):
     """Flags -> Namespace. Wrong ones end the program with exit status 2 and one line."""
     parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -150,8 +149,6 @@ def parse_args(argv=None):
 
 
 # ------------------------------------------------------------------------------------------------------------- networks
-
-
 def normed(layer, norm):
     """Scale each output row or filter of a layer to this L2 norm, biases to 0 (official torch_util.py).
 
@@ -208,7 +205,6 @@ class Agent(nn.Module):
 
     def __init__(self, observation_shape, num_actions, arch):
         super().__init__()
-        self.arch = arch
         self.policy_encoder = ImpalaEncoder(observation_shape)
         width = self.policy_encoder.dense.out_features
         self.policy_head = normed(nn.Linear(width, num_actions), 0.1)
@@ -221,7 +217,7 @@ class Agent(nn.Module):
         shared features."""
         features = self.policy_encoder(obs, bf16)
         logits, aux_value = self.policy_head(features), self.aux_value_head(features).squeeze(-1)
-        if self.arch == "dual":
+        if self.value_encoder:
             features = self.value_encoder(obs, bf16)
         elif detach_value:
             features = features.detach()
@@ -229,8 +225,6 @@ class Agent(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------------- environments
-
-
 class ProcgenVectorEnv:
     """Procgen with the methods of gym's vector environments: uint8 images [N, 64, 64, 3], reset within the same step.
     An episode that meets Procgen's time limit is `terminated` too: Procgen does not tell the two apart."""
@@ -239,7 +233,7 @@ class ProcgenVectorEnv:
         threads = max(1, len(os.sched_getaffinity(0)) // LOCAL_WORLD_SIZE)
         self.procgen = ProcgenGym3Env(num_envs, env_id, rand_seed=seed, num_threads=threads, **options)
         self.num_envs, self.close = num_envs, self.procgen.close
-        self.fresh = True  # no step yet: the observations begin episodes
+        self.fresh = True  # not reset yet: the observations begin episodes
         self.single_observation_space = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)
         self.single_action_space = gym.spaces.Discrete(15)
         self.return_range = GAMES[env_id][options["distribution_mode"]]
@@ -248,11 +242,11 @@ class ProcgenVectorEnv:
         """-> observations, {}."""
         if not self.fresh:
             self.procgen.act(np.full(self.num_envs, -1))  # Procgen's action -1 ends the episode
+        self.fresh = False
         return self.procgen.observe()[1]["rgb"], {}
 
     def step(self, actions):
         """integers [N] -> observations, rewards [N], terminated [N], truncated [N] (all false), {}."""
-        self.fresh = False
         self.procgen.act(actions)
         rewards, obs, first = self.procgen.observe()
         return obs["rgb"], rewards, first, np.zeros_like(first), {}
@@ -263,7 +257,6 @@ class ProcgenVectorEnv:
         return {i: torch.frombuffer(bytearray(state), dtype=torch.uint8) for i, state in states}
 
     def load_state_dict(self, states):
-        self.fresh = False
         self.procgen.callmethod("set_state", [state.numpy().tobytes() for state in states.values()])
 
 
@@ -307,8 +300,6 @@ class RewardNormalizer:
 
 
 # ----------------------------------------------------------------------------------------------------------------- math
-
-
 def compute_gae(rewards, values, dones, gamma, gae_lambda):
     """Generalised advantage estimation (arXiv:1506.02438): A_t = sum over l of (gamma lambda)^l delta_{t+l}.
 
@@ -410,8 +401,6 @@ def chunks(batch, size):
 
 
 # ------------------------------------------------------------------------------------------------------------- training
-
-
 def train(args, run_dir):
     """Algorithm 1 of the paper -> the trained Agent. Writes TensorBoard files, agent.pt and checkpoints to run_dir."""
     device, policy_bf16, aux_bf16 = choose_device(args)
@@ -441,16 +430,13 @@ def train(args, run_dir):
     aux_targets, old_logits = torch.zeros(S, T), torch.zeros(S, T, num_actions)
     actions, logprobs = torch.zeros(N, T, dtype=torch.int64), torch.zeros(N, T)
     rewards, dones, values = torch.zeros(N, T), torch.zeros(N, T), torch.zeros(N, T + 1)
-    # Observations that pass through the networks at a time. On a CPU, 256 (128 with two networks) are within 3 % of the
-    # fastest and keep the activations small. On a GPU, those of 1,024 and their gradients take at most 5.0 GB (counted
-    # on a CPU: 1.23 MB each an observation and network in fp32).
+    # Observations that pass through the networks at a time: few on a CPU, within 3 % of the fastest; 1,024 on a GPU
+    # take at most 5.0 GB with their gradients (counted on a CPU in fp32: 1.23 MB each an observation and network).
     chunk_size = 1024 if device.type == "cuda" else 256 if args.arch == "shared" else 128
 
     numerics = announce(args, agent, aux_obs, device, policy_bf16, aux_bf16)
     state = {"agent": agent, "optimizer": optimizer, "aux_optimizer": aux_optimizer, "envs": envs}
     state |= {"episodes": vars(episodes), "normalize": vars(normalize)}  # live: `restore` updates the objects
-    if args.eval_episodes:
-        evaluation = Evaluation(args, args.eval_episodes, run_dir)
     next_obs, _ = envs.reset()
     first_phase = global_step = 0
     if args.resume:
@@ -503,8 +489,7 @@ def train(args, run_dir):
                 optimizer.step()
 
             log.lap("policy_phase")
-            scalars = episodes(rewards, dones, envs)
-            scalars["charts/learning_rate"] = args.learning_rate
+            scalars = {**episodes(rewards, dones, envs), "charts/learning_rate": args.learning_rate}
             log.write_iteration(phase, global_step, scalars)
 
         if has_aux_phase and iterations == args.n_pi:
@@ -536,7 +521,8 @@ def train(args, run_dir):
         check_equal(agent)
         check_finite(agent.state_dict(), f"phase {phase}, step {global_step}")
         if args.eval_episodes:
-            log.write("evaluation", global_step, evaluation.run(agent, device, policy_bf16, global_step))
+            scalars = evaluate(args, agent, device, args.eval_episodes, global_step, run_dir)
+            log.write("evaluation", global_step, scalars)
         weights = {"args": vars(args), "image": image, "global_step": global_step, "agent": agent.state_dict()}
         save(run_dir / "agent.pt", weights)
         # every K-th phase, and the last that is complete
@@ -549,8 +535,6 @@ def train(args, run_dir):
 
 
 # --------------------------------------------------------------------------------- plumbing: logging and the console
-
-
 class Stopped(Exception):
     """Ends a run from within; the script makes one line and exit status 1 of it. The last checkpoint stays."""
 
@@ -558,7 +542,7 @@ class Stopped(Exception):
 def check_finite(values, where):
     for name, value in values.items():
         if not torch.as_tensor(value).isfinite().all():
-            advice = "--resume would meet it again, begin anew with a smaller --learning-rate"
+            advice = "begin anew with a smaller --learning-rate, as --resume would repeat it"
             raise Stopped(f"{name} is not finite in {where}; {advice}")
 
 
@@ -676,8 +660,6 @@ class Log:
 
 
 # ----------------------------------------------------------------- plumbing: run directory, checkpoint, resume, signals
-
-
 @contextlib.contextmanager
 def run_directory(args):
     """Make the run directory, or enter that of --resume -> its Path, locked until the `with` block ends. By rank 0."""
@@ -767,12 +749,11 @@ def restore(run_dir, state, numerics, next_obs):
     torch.set_rng_state(mine["cpu_random"])
     if mine["envs"] is not None:
         state["envs"].load_state_dict(mine["envs"])
-        next_obs = mine["next_obs"].numpy()
-    else:
-        if RANK == 0:
-            print("warning: these environments have no state_dict; their episodes begin anew", file=sys.stderr)
-        for sums in (state["episodes"]["under_way"], state["normalize"]["discounted"]):
-            sums.zero_()
+        return data["phase"], data["global_step"], mine["next_obs"].numpy()
+    if RANK == 0:
+        print("warning: these environments have no state_dict; their episodes begin anew", file=sys.stderr)
+    for sums in (state["episodes"]["under_way"], state["normalize"]["discounted"]):
+        sums.zero_()
     return data["phase"], data["global_step"], next_obs
 
 
@@ -800,79 +781,52 @@ def stop(args, run_dir, reason, status):
 
 
 # --------------------------------------------------------------------------------------- plumbing: evaluation and video
+def play(envs, agent, device, bf16, quota):
+    """-> returns, as many of each environment; the first to end overall would be those of short episodes."""
+    returns, totals = [[] for _ in range(envs.num_envs)], np.zeros(envs.num_envs)
+    obs, _ = envs.reset()
+    while min(map(len, returns)) < quota:
+        actions = act(agent, torch.from_numpy(obs).to(device), bf16)[0]
+        obs, rewards, terminated, truncated, _ = envs.step(actions.cpu().numpy())
+        totals += rewards
+        for i in np.flatnonzero(terminated | truncated):
+            returns[i].append(totals[i])
+            totals[i] = 0
+    return np.concatenate([part[:quota] for part in returns])
 
 
-class Evaluation:
-    """Plays K episodes on held-out levels, and on the training levels where they are finite, in environments and with
-    random numbers of its own: training is the same, bit for bit, without it. Every evaluation of a run begins in the
-    same state, so that all see the same levels and a checkpoint need not know of them. The processes share K."""
-
-    def __init__(self, args, num_episodes, run_dir):
-        num_envs, self.seed = max(1, min(num_episodes, 64) // WORLD_SIZE), stream_seed(args.seed, 1000 + RANK)
-        self.run_dir, self.quota = run_dir, math.ceil(num_episodes / (num_envs * WORLD_SIZE))
-        kinds = {"training": False, "held-out": True} if args.num_levels else {"fresh": True}  # all, from another seed
-        self.envs = {name: make_envs(args, num_envs, self.seed, held_out) for name, held_out in kinds.items()}
-        self.start = {name: envs.state_dict() for name, envs in self.envs.items() if hasattr(envs, "state_dict")}
-        self.screen = None
-        if args.capture_video and RANK == 0:
-            self.screen = make_envs(args, 1, self.seed, held_out=True, render_mode="rgb_array")
-            self.start["screen"] = self.screen.state_dict()
-
-    def play(self, envs, policy):
-        """-> returns, as many of each environment; the first to end overall would be those of short episodes."""
-        returns, totals = [[] for _ in range(envs.num_envs)], np.zeros(envs.num_envs)
-        obs, _ = envs.reset()
-        while min(map(len, returns)) < self.quota:
-            obs, rewards, terminated, truncated, _ = envs.step(policy(obs))
-            totals += rewards
-            for i in np.flatnonzero(terminated | truncated):
-                returns[i].append(totals[i])
-                totals[i] = 0
-        return [episode_return for part in returns for episode_return in part[: self.quota]]
-
-    @torch.random.fork_rng(devices=())
-    def run(self, agent, device, bf16, step):
-        """Print a line for each kind of levels -> scalars to log."""
-
-        def policy(obs):
-            return act(agent, torch.from_numpy(obs).to(device), bf16)[0].cpu().numpy()
-
-        torch.manual_seed(self.seed)
-        means = {}
-        for name, envs in self.envs.items():
-            if name in self.start:
-                envs.load_state_dict(self.start[name])
-            returns = np.concatenate(gather(self.play(envs, policy)))
-            means[name], error = returns.mean(), returns.std() / math.sqrt(len(returns))
-            scalars = {"eval/episodic_return": means[name], **normalized("eval", means[name], envs)}
-            score = scalars.get("eval/normalized_return")
-            score = "no range to normalise by" if score is None else f"normalised {score:.3f}"
-            line = f"return {means[name]:.2f} +- {error:.2f}, {score}, {len(returns)} episodes"
-            print(f"  evaluation on {name} levels: {line}", flush=True)
-        if "training" in means:
-            scalars["eval/generalization_gap"] = means["training"] - means["held-out"]
-        if self.screen:
-            folder = self.run_dir / "videos"
-            self.screen.load_state_dict(self.start["screen"])
-            recorder = VideoRecorderWrapper(self.screen.procgen, folder, info_key="rgb", prefix=f"step-{step}-")
-            ended = False
-            while not ended:  # one episode
-                recorder.act(policy(recorder.observe()[1]["rgb"]))
-                ended = recorder.observe()[2][0]
-            os.replace(recorder.videopath, folder / f"step-{step}.mp4")
-        return scalars  # of the last kind, held-out or fresh levels
+@torch.random.fork_rng(devices=())
+def evaluate(args, agent, device, num_episodes, step, run_dir):
+    """Play K episodes on held-out levels, and on the training levels where they are finite, shared by the processes;
+    print a line for each kind -> scalars to log. Environments are made anew and random numbers are its own: training
+    is the same, bit for bit, without it, and every evaluation of a run sees the same levels."""
+    num_envs, seed = max(1, min(num_episodes, 64) // WORLD_SIZE), stream_seed(args.seed, 1000 + RANK)
+    quota, bf16 = math.ceil(num_episodes / (num_envs * WORLD_SIZE)), args.precision == "bf16"
+    torch.manual_seed(seed)
+    means = {}
+    for name in ("training", "held-out") if args.num_levels else ("fresh",):  # fresh: of all, from another seed
+        envs = make_envs(args, num_envs, seed, held_out=name != "training")
+        returns = np.concatenate(gather(play(envs, agent, device, bf16, quota)))
+        envs.close()
+        means[name], error = returns.mean(), returns.std() / math.sqrt(len(returns))
+        scalars = {"eval/episodic_return": means[name], **normalized("eval", means[name], envs)}
+        score = scalars.get("eval/normalized_return")
+        score = "no range to normalise by" if score is None else f"normalised {score:.3f}"
+        line = f"return {means[name]:.2f} +- {error:.2f}, {score}, {len(returns)} episodes"
+        print(f"  evaluation on {name} levels: {line}", flush=True)
+    if "training" in means:
+        scalars["eval/generalization_gap"] = means["training"] - means["held-out"]
+    if args.capture_video and RANK == 0:
+        screen = make_envs(args, 1, seed, held_out=True, render_mode="rgb_array")
+        folder = run_dir / "videos"
+        screen.procgen = VideoRecorderWrapper(screen.procgen, folder, info_key="rgb", prefix=f"step-{step}-")
+        play(screen, agent, device, bf16, 1)
+        os.replace(screen.procgen.videopath, folder / f"step-{step}.mp4")
+        screen.close()
+    return scalars  # of the last kind, held-out or fresh levels
 
 
-def evaluate(args):
-    """--evaluate K --agent PATH: play, print, and that is all. The flags are those of the agent's run."""
-    device, bf16, _ = choose_device(args)
-    agent, _ = load_agent(args.agent, device)
-    Evaluation(args, args.evaluate, Path(args.agent).parent).run(agent, device, bf16, "evaluated")
-
-
-# ------------------------------------------------------------------------------ plumbing: several processes (torchrun)
-
-
+# ------------------------------------------------------------------------- plumbing: several processes, device, memory
 def together(operation, *arguments):
     """An operation of all processes; where another one has died, this one ends too."""
     try:
@@ -911,12 +865,6 @@ def stream_seed(seed, rank):
     """-> the seed of a rank's random streams, which is the seed itself on rank 0. The multiples of this number (2^32 by
     the golden ratio) lie apart: no two pairs of 100,000 seeds and 1,000 ranks share one, as seed + rank would."""
     return (seed + rank * 0x9E3779B1) % 2**31
-
-
-# --------------------------------------------------------------------------------- plumbing: device, precision, memory
-
-
-LIBC = ctypes.CDLL("libc.so.6")
 
 
 def choose_device(args):
@@ -979,19 +927,14 @@ def announce(args, agent, aux_obs, device, policy_bf16, aux_bf16):
 
 
 # ---------------------------------------------------------------------------------------------------- plumbing: flags
-
-
-def fail(message):
-    """End with exit status 2 and one line on stderr: what is wrong, and what would be right."""
+def fail(message, word="", known=()):
+    """End with exit status 2 and one line on stderr: what is wrong, and what would be right or like the wrong word."""
     if LOCAL_RANK:
         time.sleep(30)  # the first process of the machine says it; when it has ended, torchrun ends this one
+    for similar in difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.7):  # --lr is 0.6 from --arch
+        message += f"; did you mean {similar}?"
     print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
     raise SystemExit(2)
-
-
-def hint(word, words):
-    similar = difflib.get_close_matches(word.lower(), words, n=1, cutoff=0.7)  # --lr is 0.6 from --arch
-    return f", did you mean {similar[0]}?" if similar else "."
 
 
 # game: {distribution mode: (R_min, R_max) of the Procgen paper (arXiv:1912.01588, appendix C), None where it has none}
@@ -1015,22 +958,18 @@ GAMES = {
 }
 
 
-def number(low, high, kind=float):
-    """-> an argparse type: a number from low to high; a whole one may be written 64, 25_000_000 or 25e6."""
-
-    def parse(text):
-        with contextlib.suppress(ValueError):
-            if low <= float(text) <= high and kind(float(text)) == float(text):
-                return kind(float(text))
-        name = "whole number" if kind is int else "number"
-        raise argparse.ArgumentTypeError(f"{text} is not a {name} from {low:,} to {high:,}")
-
-    return parse
+def number(kind, low, high, text):
+    """An argparse type, but for its first parameters; a whole number may be written 64, 25_000_000 or 25e6."""
+    with contextlib.suppress(ValueError):
+        if low <= float(text) <= high and kind(float(text)) == float(text):
+            return kind(float(text))
+    name = "whole number" if kind is int else "number"
+    raise argparse.ArgumentTypeError(f"{text} is not a {name} from {low:,} to {high:,}")
 
 
-COUNT, UINT = number(1, 10**12, int), number(0, 10**9, int)
-POSITIVE, WEIGHT = number(1e-12, 1e12), number(0, 1e12)
-DISCOUNT, FRACTION = number(1e-12, 1), number(0, 1)
+COUNT, UINT = partial(number, int, 1, 10**12), partial(number, int, 0, 10**9)
+POSITIVE, WEIGHT = partial(number, float, 1e-12, 1e12), partial(number, float, 0, 1e12)
+DISCOUNT, FRACTION = partial(number, float, 1e-12, 1), partial(number, float, 0, 1)
 RESUME_MAY_CHANGE = {"resume", "total_timesteps", "checkpoint_every", "device", "eval_episodes", "capture_video"}
 EVALUATE_MAY_CHANGE = {"evaluate", "agent", "capture_video", "device", "seed"}
 
@@ -1040,7 +979,7 @@ def check_flags(parser, argv):
     args, unknown = parser.parse_known_args(argv)
     names = {name: f"--{name.replace('_', '-')}" for name in vars(args)}
     if unknown:
-        fail(f"{unknown[0]}: no such flag{hint(unknown[0], names.values())} --help lists them")
+        fail(f"{unknown[0]}: no such flag, --help lists them", unknown[0], names.values())
     saved, may_change = {}, set()
     try:
         if args.resume:
@@ -1061,7 +1000,7 @@ def check_flags(parser, argv):
         if getattr(args, name) != saved[name]:
             fail(f"{names[name]} {getattr(args, name)}: the run has {saved[name]}")
     if args.env_id not in GAMES:
-        fail(f"--env-id {args.env_id}: no such game{hint(args.env_id, GAMES)} There are {', '.join(GAMES)}")
+        fail(f"--env-id {args.env_id}: no such game, there are {', '.join(GAMES)}", args.env_id, GAMES)
     if args.distribution_mode not in GAMES[args.env_id]:
         fail(f"--distribution-mode {args.distribution_mode}: {args.env_id} has {', '.join(GAMES[args.env_id])}")
     if args.distribution_mode == "exploration" and (args.num_levels or args.start_level):
@@ -1079,8 +1018,6 @@ def check_flags(parser, argv):
         fail(f"--num-envs {args.num_envs} is not a multiple of --num-aux-minibatches {divisor}{processes}")
     if (args.evaluate is None) != (args.agent is None):
         fail("--evaluate K and --agent PATH go together")
-    if args.evaluate and WORLD_SIZE > 1:
-        fail("--evaluate: in one process, without torchrun")
     if args.capture_video and not (args.eval_episodes or args.evaluate):
         fail("--capture-video: of what? It records evaluations; add --eval-episodes or --evaluate")
     if LOCAL_RANK == 0 and args.e_aux and not args.evaluate and args.total_timesteps <= rollout * (args.n_pi - 1):
@@ -1092,12 +1029,15 @@ def check_flags(parser, argv):
 
 if __name__ == "__main__":
     args = parse_args()
-    if args.evaluate:
-        raise SystemExit(evaluate(args))
     if WORLD_SIZE > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     if RANK:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # rank 0 alone prints
+    if args.evaluate:
+        device, *_ = choose_device(args)
+        agent, _ = load_agent(args.agent, device)
+        evaluate(args, agent, device, args.evaluate, "evaluated", Path(args.agent).parent)
+        raise SystemExit
     run_dir = None
     try:
         with run_directory(args) as run_dir:

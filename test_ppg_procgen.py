@@ -632,7 +632,7 @@ def test_runs_in_one_process(tmp_path, monkeypatch):
         ("--start-level 5", "--num-levels"),
         ("--env-id maze --distribution-mode exploration --num-levels 5", "level of its own"),
         ("--total-timestep 64", "did you mean --total-timesteps"),
-        ("--lr 1e-4", "--lr: no such flag. --help"),
+        ("--lr 1e-4", "--lr: no such flag, --help lists them\n"),
         ("--device cuda", "--device cpu"),
         ("--run-dir {tmp}/file/below", "{tmp}/file/below"),
         ("--run-dir {tmp}/run", "already holds a run: choose another --run-dir"),
@@ -914,25 +914,35 @@ def test_no_compiler(tmp_path):
 EVAL = f"{SMALL} --num-levels 20 --start-level 5 --eval-episodes 5"
 
 
-def test_evaluation_sees_other_levels(tmp_path):
+def test_evaluation_sees_other_levels(tmp_path, monkeypatch, capsys):
     """Held-out levels are those after the training levels. Where all are trained on, they are called fresh."""
-    evaluation = ppg.Evaluation(parse(EVAL), 5, tmp_path)
-    seen = {name: set() for name in evaluation.envs}
-    for name, envs in evaluation.envs.items():
+    seen, make_envs = [], ppg.make_envs
+
+    def watched(*arguments, **options):
+        envs = make_envs(*arguments, **options)
+        seen.append(set())
         for _ in range(20):
-            seen[name] |= {info["level_seed"] for info in envs.procgen.get_info()}
+            seen[-1] |= {info["level_seed"] for info in envs.procgen.get_info()}
             envs.step(np.full(5, -1))
-    assert seen["training"] <= set(range(5, 25)) and len(seen["training"]) > 5
-    assert min(seen["held-out"]) >= 25 and len(seen["held-out"]) > 50
-    assert list(ppg.Evaluation(parse(SMALL), 5, tmp_path).envs) == ["fresh"]
+        return envs
+
+    monkeypatch.setattr(ppg, "make_envs", watched)
+    agent = ppg.Agent((64, 64, 3), 15, "shared")
+    ppg.evaluate(parse(EVAL), agent, torch.device("cpu"), 5, 0, tmp_path)
+    training, held_out = seen
+    assert training <= set(range(5, 25)) and len(training) > 5
+    assert min(held_out) >= 25 and len(held_out) > 50
+    assert re.findall(r"on (\S+) levels", capsys.readouterr().out) == ["training", "held-out"]
+    ppg.evaluate(parse(SMALL), agent, torch.device("cpu"), 5, 0, tmp_path)
+    assert re.findall(r"on (\S+) levels", capsys.readouterr().out) == ["fresh"]
 
 
 def test_every_environment_plays_its_quota(tmp_path, monkeypatch, capsys):
     """Short episodes are not counted more often than long ones, and the number of episodes is printed."""
     envs = Quadrants(64, length=1, stagger=1)  # the length of its episodes names the environment
     monkeypatch.setattr(ppg, "make_envs", lambda *_, **__: envs)
-    evaluation = ppg.Evaluation(parse(""), 130, tmp_path)
-    logged = evaluation.run(ppg.Agent((32, 32, 3), 4, "shared"), torch.device("cpu"), False, 0)
+    agent = ppg.Agent((32, 32, 3), 4, "shared")
+    logged = ppg.evaluate(parse(""), agent, torch.device("cpu"), 130, 0, tmp_path)
     returns = [[total for _, total, length in envs.ended if length == n][:3] for n in range(1, 65)]
     assert logged == {"eval/episodic_return": pytest.approx(np.mean(returns))}
     line = f"fresh levels: return {np.mean(returns):.2f} +- {np.std(returns) / 192**0.5:.2f}, "
