@@ -51,7 +51,7 @@ for panel, (game, curves) in zip(panels[0], sorted(runs.items(), reverse=True), 
         color, line, label = STYLES[name]
         panel.plot(steps / 1e6, means, color=color, ls=line, lw=1.8, label=label)
     panel.set(title=f"{game}, easy, all levels", xlabel="million environment steps", ylabel="mean episodic return")
-    panel.legend(frameon=False, fontsize=9, loc="lower right")
+    panel.legend(frameon=False, fontsize=9, loc="upper left")
     panel.spines[["top", "right"]].set_visible(False)
 figure.tight_layout()
 figure.savefig(HERE / "curves.png", dpi=110)
