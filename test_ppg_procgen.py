@@ -544,7 +544,8 @@ def test_tensorboard(tmp_path, monkeypatch):
 
 
 def test_time_left(tmp_path, monkeypatch, capsys):
-    """`left` is unknown in the first phase, and then goes by the rate of the last, auxiliary phase included."""
+    """`left` is unknown in the first phase, and then goes by the rate of the last, auxiliary phase included. The last
+    line has the rate and the shares of all phases after the first."""
     now = [0.0]
     monkeypatch.setattr(ppg.time, "perf_counter", lambda: now[0])
     log = ppg.Log(parse(f"{SMALL} --n-pi 25 --num-steps 1"), tmp_path, 0, 400)
@@ -559,6 +560,9 @@ def test_time_left(tmp_path, monkeypatch, capsys):
         assert capsys.readouterr().out.endswith(f"| {rate} steps/s | left {left}\n")
         now[0] = ends_at
         log.lap("auxiliary_phase")
+    log.total = 300
+    log.print_summary(tmp_path)
+    assert "| 1 steps/s after the first phase | policy phase 18%" in capsys.readouterr().out  # 200 in 140 seconds
 
 
 @pytest.mark.parametrize("flags, advice", [("32", "64 or --n-pi 1 "), ("33", ""), ("32 --e-aux 0", "")])
@@ -1152,7 +1156,7 @@ def test_ranks_have_their_own_streams(ranks):
 
 def test_output_of_two_processes(two_processes, capsys):
     """Rank 0 alone prints and writes: each line and file is there once. Steps and episodes are those of all ranks. Such
-    a run does not resume in one process: exit status 2 and one line that says so."""
+    a run does not resume in one process: exit status 2 and one line that says so. Evaluations share their episodes."""
     run_dir, lines = two_processes
     logged, steps, output = untimed(run_dir), list(range(128, 769, 128)), "\n".join(lines)
     assert len(lines) == 1 + 6 + 3 + 1 and lines[0].startswith("bossfight") and lines[-1].startswith("done in"), output
@@ -1168,6 +1172,8 @@ def test_output_of_two_processes(two_processes, capsys):
     complete = sum(logged["charts/episodes"][step] * length for step, length in lengths.items())
     assert complete + torch.cat(under_way).sum() == pytest.approx(768)
     refused(f"--resume {run_dir}", "a run of 2 processes, and this is 1", capsys)
+    status, lines, errors = finish(start(f"--evaluate 5 --agent {run_dir}/agent.pt", processes=2), OF_SCRIPT)
+    assert (status, errors, len(lines)) == (0, [], 1) and "8 episodes" in lines[0]  # 2 of 2 environments of 2 ranks
 
 
 @pytest.mark.parametrize("stopped_by", ["rank 1 is killed", "Ctrl-C"])
