@@ -15,6 +15,7 @@ HERE = Path(__file__).parent
 STYLES = {  # {run: colour, line, label}
     "ppg": ("C0", "-", "PPG, one network"),
     "ppo": ("C1", "-", "PPO row"),
+    "ppo-2": ("C1", "--", "PPO row, seed 2"),
     "always": ("C2", "-", "PPG, --detach-value always"),
     "cleanrl": ("C4", "-", "CleanRL's PPG"),
     "ppg-segments": ("C0", ":", "PPG, minibatches of whole segments"),
