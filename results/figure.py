@@ -18,8 +18,8 @@ STYLES = {  # {run: colour, line, label}
     "ppo-2": ("C1", "--", "PPO row, seed 2"),
     "always": ("C2", "-", "PPG, --detach-value always"),
     "cleanrl": ("C4", "-", "CleanRL's PPG"),
-    "ppg-segments": ("C0", ":", "PPG, minibatches of whole segments"),
-    "ppo-segments": ("C1", ":", "PPO row, minibatches of whole segments"),
+    "ppg-segments": ("C0", ":", "PPG, whole segments"),
+    "ppo-segments": ("C1", ":", "PPO row, whole segments"),
     "ppo-baselines": ("C3", ":", "PPO row, Baselines' choices"),
 }
 HALF = 2  # rollouts before and after each that its mean takes in, as in the published numbers; fewer at the ends
@@ -39,7 +39,7 @@ for path in sorted(HERE.glob("*-*.csv")):
     means = [returns[max(0, i - HALF) : i + HALF + 1].mean() for i in range(len(returns))]
     runs[game][name] = dict(zip(steps.astype(int), means, strict=True))
 
-figure, panels = plt.subplots(1, len(runs), figsize=(5.5 * len(runs), 4), squeeze=False)
+figure, panels = plt.subplots(1, len(runs), figsize=(5.5 * len(runs), 4.8), squeeze=False)
 for panel, (game, curves) in zip(panels[0], sorted(runs.items(), reverse=True), strict=True):
     last = max(max(curve) for curve in curves.values())
     published = defaultdict(dict)
@@ -53,7 +53,7 @@ for panel, (game, curves) in zip(panels[0], sorted(runs.items(), reverse=True), 
         color, line, label = STYLES[name]
         panel.plot(np.array(list(curve)) / 1e6, curve.values(), color=color, ls=line, lw=1.8, label=label)
     panel.set(title=f"{game}, easy, all levels", xlabel="million environment steps", ylabel="mean episodic return")
-    panel.legend(frameon=False, fontsize=9, loc="lower right")
+    panel.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
     panel.spines[["top", "right"]].set_visible(False)
 
     print(game, *curves, "published", sep="\t")
