@@ -17,10 +17,13 @@ STYLES = {  # {run: colour, line, label}
     "ppo": ("C1", "-", "PPO row"),
     "ppo-2": ("C1", "--", "PPO row, seed 2"),
     "always": ("C2", "-", "PPG, --detach-value always"),
-    "cleanrl": ("C4", "-", "CleanRL's PPG"),
+    "ppg-32": ("C5", "-", "PPG, --n-pi 32"),
+    "cleanrl": ("C4", "-", "CleanRL's PPG (N_pi 32)"),
     "ppg-segments": ("C0", ":", "PPG, whole segments"),
     "ppo-segments": ("C1", ":", "PPO row, whole segments"),
     "ppo-baselines": ("C3", ":", "PPO row, Baselines' choices"),
+    "ppo-baselines-2": ("C3", ":", None),  # its other seeds
+    "ppo-baselines-3": ("C3", ":", None),
 }
 HALF = 2  # rollouts before and after each that its mean takes in, as in the published numbers; fewer at the ends
 EVERY = 131_072  # steps from one published number to the next
