@@ -16,6 +16,9 @@ STYLES = {  # {run: colour, line, label}
     "ppg": ("C0", "-", "PPG, one network"),
     "ppo": ("C1", "-", "PPO row"),
     "ppo-2": ("C1", "--", "PPO row, seed 2"),
+    "ppo-clipped": ("C6", "-", "PPO row, gradients clipped"),
+    "ppo-clipped-2": ("C6", "--", None),  # seed 2
+    "ppg-2": ("C0", "--", "PPG, one network, seed 2"),
     "always": ("C2", "-", "PPG, --detach-value always"),
     "ppg-32": ("C5", "-", "PPG, --n-pi 32"),
     "cleanrl": ("C4", "-", "CleanRL's PPG (N_pi 32)"),
