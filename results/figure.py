@@ -17,6 +17,7 @@ CURVES = {  # {setting: colour, label}
     "ppg": ("C0", "PPG, one network, N_pi 8"),
     "always": ("C2", "PPG, --detach-value always"),
     "ppg-32": ("C5", "PPG, one network, N_pi 32"),
+    "ppg-dual": ("C8", "PPG, two networks, N_pi 8"),
     "ppo": ("C1", "PPO, this script's"),
     "ppo-clipped": ("C6", "PPO, gradients clipped"),
     "cleanrl": ("C4", "CleanRL's PPG, N_pi 32"),
