@@ -1,6 +1,6 @@
 """Phasic Policy Gradient (PPG) on Procgen, in one file.
 
-    python ppg_procgen.py --env-id starpilot --arch shared          # one encoder: the faster variant
+    python ppg_procgen.py --env-id starpilot --arch shared          # one encoder: faster; --n-pi 8 learns sooner
     python ppg_procgen.py --env-id starpilot                        # the paper's two networks
     python ppg_procgen.py --resume RUN_DIR                          # continue a run that was stopped
     torchrun --nproc-per-node 4 ppg_procgen.py --num-envs 256       # several processes, on one machine or more
