@@ -18,6 +18,7 @@ CURVES = {  # {setting: colour, label}
     "always": ("C2", "PPG, --detach-value always"),
     "ppg-32": ("C5", "PPG, one network, N_pi 32"),
     "ppg-dual": ("C8", "PPG, two networks, N_pi 8"),
+    "ppg-dual-32": ("C9", "PPG, two networks, N_pi 32"),
     "ppo": ("C1", "PPO, this script's"),
     "ppo-clipped": ("C6", "PPO, gradients clipped"),
     "cleanrl": ("C4", "CleanRL's PPG, N_pi 32"),
