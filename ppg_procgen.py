@@ -387,9 +387,10 @@ def auxiliary_phase_loss(agent, batch, args, bf16=False):
 
 
 def minibatches(data, size, epochs, device):
-    """Yield (epoch, `size` rows of everything) from {name: [rows, ...]}, each epoch in a new order."""
+    """Yield (epoch, `size` rows of everything) from {name: [rows, ...]} of one device, each epoch in a new order."""
     for epoch in range(epochs):
-        for rows in torch.randperm(len(data["obs"])).split(size):
+        # The order is moved as a whole: a GPU would wait for each minibatch's part of it.
+        for rows in torch.randperm(len(data["obs"])).to(data["obs"].device).split(size):
             yield epoch, {name: x[rows].to(device) for name, x in data.items()}
 
 
@@ -427,12 +428,14 @@ def train(args, run_dir):
     # The phase buffer (Algorithm 1's B) of S segments, filled in place by the rollouts. uint8 images, a quarter of what
     # floats would take, are turned into floats a chunk at a time. Without auxiliary phases it keeps one rollout.
     aux_obs = torch.empty(S, T, *image, dtype=torch.uint8, device=storage)
-    aux_targets, old_logits = torch.zeros(S, T), torch.zeros(S, T, num_actions)
+    aux_targets, old_logits = torch.zeros(S, T, device=storage), torch.zeros(S, T, num_actions, device=storage)
     actions, logprobs = torch.zeros(N, T, dtype=torch.int64), torch.zeros(N, T)
     rewards, dones, values = torch.zeros(N, T), torch.zeros(N, T), torch.zeros(N, T + 1)
-    # Observations that pass through the networks at a time: few on a CPU, within 3 % of the fastest; 1,024 on a GPU
-    # take at most 5.0 GB with their gradients (counted on a CPU in fp32: 1.23 MB each an observation and network).
-    chunk_size = 1024 if device.type == "cuda" else 256 if args.arch == "shared" else 128
+    # Observations that pass through the networks at a time: few on a CPU, within 3 % of the fastest; on a GPU as many
+    # as take 3.0 GB with their gradients (measured on an H200).
+    chunk_size = aux_chunk_size = 256 if args.arch == "shared" else 128
+    if device.type == "cuda":
+        chunk_size, aux_chunk_size = 4 * chunk_size, (16 if aux_bf16 else 4) * chunk_size
 
     numerics = announce(args, agent, aux_obs, device, policy_bf16, aux_bf16)
     state = {"agent": agent, "optimizer": optimizer, "aux_optimizer": aux_optimizer, "envs": envs}
@@ -477,7 +480,7 @@ def train(args, run_dir):
             # E_pi epochs of -L^clip - beta_S * entropy w.r.t. theta_pi, E_V epochs of L^value w.r.t. theta_V, side by
             # side: each loss takes part while its own epochs last. Minibatches of single transitions: deviation 3.
             data = {"obs": obs, "actions": actions, "logprobs": logprobs, "advantages": advantages, "targets": targets}
-            data = {name: x.flatten(0, 1) for name, x in data.items()}
+            data = {name: x.flatten(0, 1).to(storage) for name, x in data.items()}
             for epoch, batch in minibatches(data, N * T // args.num_minibatches, max(args.e_pi, args.e_v), device):
                 optimizer.zero_grad()
                 for chunk, share in chunks(batch, chunk_size):
@@ -499,7 +502,7 @@ def train(args, run_dir):
             for start in range(0, S, size):
                 batch = {"obs": aux_obs[start : start + size].flatten(0, 1).to(device)}
                 with torch.no_grad():
-                    logits = [agent(chunk["obs"], aux_bf16)[0] for chunk, _ in chunks(batch, chunk_size)]
+                    logits = [agent(chunk["obs"], aux_bf16)[0] for chunk, _ in chunks(batch, aux_chunk_size)]
                 old_logits[start : start + size] = torch.cat(logits).unflatten(0, (size, T))
 
             # E_aux epochs of L^joint w.r.t. theta_pi and L^value w.r.t. theta_V; V^targ stays what the rollouts gave.
@@ -507,7 +510,7 @@ def train(args, run_dir):
             for k, (_, drawn) in enumerate(minibatches(data, size, args.e_aux, device)):
                 batch = {name: x.flatten(0, 1) for name, x in drawn.items()}
                 aux_optimizer.zero_grad()
-                for chunk, share in chunks(batch, chunk_size):
+                for chunk, share in chunks(batch, aux_chunk_size):
                     loss, metrics = auxiliary_phase_loss(agent, chunk, args, aux_bf16)
                     (share * loss).backward()
                     log.add(metrics, share)
@@ -904,7 +907,7 @@ def choose_storage(args, device, segments):
     """-> the device on which the phase buffer fits; an error where it fits on none."""
     needed, working = segments * args.num_steps * 64 * 64 * 3, 1_500_000_000  # Procgen's observations; all else
     free = min(gather(free_memory())) // LOCAL_WORLD_SIZE
-    if device.type == "cuda" and needed + 6e9 < torch.cuda.mem_get_info()[0]:  # 5.0 GB of activations, 1 to spare
+    if device.type == "cuda" and needed + 4e9 < torch.cuda.mem_get_info()[0]:  # 3.0 GB of activations, 1 to spare
         return device
     if needed + working > free:
         fits = int((free - working) / needed * (segments * WORLD_SIZE // args.num_envs))
