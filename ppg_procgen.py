@@ -1,6 +1,6 @@
 """Phasic Policy Gradient (PPG) on Procgen, in one file.
 
-    python ppg_procgen.py --env-id starpilot --arch shared          # one encoder: faster; --n-pi 8 learns sooner
+    python ppg_procgen.py --env-id starpilot --arch shared --n-pi 8 # one encoder, short phases: the one to begin with
     python ppg_procgen.py --env-id starpilot                        # the paper's two networks
     python ppg_procgen.py --resume RUN_DIR                          # continue a run that was stopped
     torchrun --nproc-per-node 4 ppg_procgen.py --num-envs 256       # several processes, on one machine or more
@@ -33,11 +33,12 @@ Where this file departs from the official code, or the paper is silent:
 1. A single network (--arch shared) detaches its value head from the features in the policy phase only; the auxiliary
    phase takes the full value gradient, as section 3.6 says. Official: detached there too (--detach-value always).
 2. Policy and value epochs (E_pi, E_V) run side by side in one loop with one Adam. The official code runs them one after
-   the other with an Adam each when they differ. With two networks that is the same: no gradient, no step. With one, the
-   epochs by which E_V exceeds E_pi train the value head alone (--detach-value never: the encoder too).
+   the other with an Adam each when they differ. With two networks that is the same, as a network whose epochs are over
+   has no gradient and is not stepped. With one, the epochs by which E_V exceeds E_pi train the value head alone
+   (--detach-value never: the encoder too).
 3. Minibatches of the policy phase are drawn from single transitions, those of the auxiliary phase from whole segments.
-   The official code draws segments in both, 8 from each of its 4 workers. With 64 environments 8 would be left, too
-   few, since the steps of a segment are alike (measured: results/README.md).
+   The official code draws segments in both, 8 from each of its 4 workers. With 64 environments a minibatch would have
+   8 in all, too few, since the steps of a segment are alike (measured: results/README.md).
 4. The step count is reached, rounded up to a rollout, and an auxiliary phase follows every complete policy phase. The
    official code skips the last one.
 5. The auxiliary phase computes in bfloat16 where the hardware has it, and convolutions on CUDA in TF32 (--precision).
@@ -305,7 +306,7 @@ def compute_gae(rewards, values, dones, gamma, gae_lambda):
 
     delta_t = r_t + gamma V_{t+1} - V_t is how much better step t went than V had said. lambda 0 trusts V, and inherits
     its errors; lambda 1 trusts the rewards that followed, and inherits their noise. The sum ends with the episode or
-    the rollout; from the back it is one product a step.
+    the rollout; computed from the back, it takes one product a step.
 
     rewards, dones [N, T], values [N, T+1]; dones[:, t] says that step t ended an episode, so that values[:, t+1] is of
     the next one and does not count. -> advantages [N, T], value targets V^targ = A + V [N, T].
@@ -396,7 +397,7 @@ def minibatches(data, size, epochs, device):
 
 def chunks(batch, size):
     """Yield (at most `size` observations of the batch, their share of it). The gradients of share * loss add up to the
-    batch's, if the loss is a mean over observations; the memory that activations take does not depend on its size."""
+    batch's, if the loss is a mean over observations; the activations take a chunk's memory, not the batch's."""
     for parts in zip(*(x.split(size) for x in batch.values())):
         yield dict(zip(batch, parts)), len(parts[0]) / len(batch["obs"])
 
@@ -441,15 +442,15 @@ def train(args, run_dir):
     state = {"agent": agent, "optimizer": optimizer, "aux_optimizer": aux_optimizer, "envs": envs}
     state |= {"episodes": vars(episodes), "normalize": vars(normalize)}  # live: `restore` updates the objects
     next_obs, _ = envs.reset()
-    first_phase = global_step = 0
+    phases_done = global_step = 0
     if args.resume:
-        first_phase, global_step, next_obs = restore(run_dir, state, numerics, next_obs)
+        phases_done, global_step, next_obs = restore(run_dir, state, numerics, next_obs)
     elif args.checkpoint_every:
         save_checkpoint(run_dir, args, state, numerics, 0, 0, next_obs)
     check_equal(agent)
     log = Log(args, run_dir, global_step, num_rollouts * args.num_envs * T)
 
-    for phase in range(first_phase + 1, math.ceil(num_rollouts / args.n_pi) + 1):
+    for phase in range(phases_done + 1, math.ceil(num_rollouts / args.n_pi) + 1):
         # ---- Policy phase (Alg. 1): N_pi iterations of rollout and update; the last phase may be shorter ----
         log.start_phase()
         iterations = min(args.n_pi, num_rollouts - (phase - 1) * args.n_pi)
@@ -459,7 +460,7 @@ def train(args, run_dir):
             obs = aux_obs[segments]
             for t in range(T):
                 obs[:, t] = torch.from_numpy(next_obs)
-                actions[:, t], logprobs[:, t], values[:, t] = act(agent, obs[:, t].to(device), policy_bf16)  # sync
+                actions[:, t], logprobs[:, t], values[:, t] = act(agent, obs[:, t].to(device), policy_bf16)  # GPU sync
                 next_obs, reward, terminated, truncated, _ = envs.step(actions[:, t].numpy())
                 rewards[:, t], dones[:, t] = torch.from_numpy(reward), torch.from_numpy(terminated | truncated)
             values[:, T] = act(agent, torch.from_numpy(next_obs).to(device), policy_bf16)[2]  # for GAE; not a step
@@ -467,7 +468,7 @@ def train(args, run_dir):
             log.lap("rollout")
 
             # V^targ, A <- GAE, on the host: T small operations in a row. A is normalised over the full batch of all
-            # processes, not over each minibatch: it shall not depend on those that it was drawn with.
+            # processes, not over each minibatch, where a step's would depend on the steps it was drawn with.
             scaled_rewards = normalize(rewards, dones)
             advantages, targets = compute_gae(scaled_rewards, values, dones, args.gamma, args.gae_lambda)
             residuals, all_targets = torch.cat(gather(targets - values[:, :-1])), torch.cat(gather(targets))
@@ -498,7 +499,7 @@ def train(args, run_dir):
         if has_aux_phase and iterations == args.n_pi:
             # ---- Auxiliary phase (Alg. 1), with an Adam of its own, as in the official code ----
             # pi_old(.|s) for the whole buffer, in the epochs' precision and batch sizes, so that the first KL is 0.
-            size = N // args.num_aux_minibatches
+            size = N // args.num_aux_minibatches  # segments in a minibatch
             for start in range(0, S, size):
                 batch = {"obs": aux_obs[start : start + size].flatten(0, 1).to(device)}
                 with torch.no_grad():
@@ -528,7 +529,7 @@ def train(args, run_dir):
             log.write("evaluation", global_step, scalars)
         weights = {"args": vars(args), "image": image, "global_step": global_step, "agent": agent.state_dict()}
         save(run_dir / "agent.pt", weights)
-        # every K-th phase, and the last that is complete
+        # every `checkpoint_every` phases, and after the last that is complete
         due = args.checkpoint_every and (phase % args.checkpoint_every == 0 or phase == num_rollouts // args.n_pi)
         if due and iterations == args.n_pi:
             save_checkpoint(run_dir, args, state, numerics, phase, global_step, next_obs)
@@ -605,7 +606,7 @@ class Log:
 
     def means(self, pooled=True):
         """-> {tag: mean}; `pooled`: over all processes, which then must ask together."""
-        means = {tag: float(total / weights) for tag, (total, weights) in self.sums.items()}  # sync
+        means = {tag: float(total / weights) for tag, (total, weights) in self.sums.items()}  # GPU sync
         parts = gather(means) if pooled else [means]
         return {tag: sum(part[tag] for part in parts) / len(parts) for tag in means}
 

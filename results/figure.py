@@ -1,8 +1,8 @@
 """Draws curves.png and variants.png from the CSV files beside it, and prints the points as tables: python results/figure.py
 (needs matplotlib).
 
-A panel a game: colours are settings, dashes further seeds; thin lines are the published runs, PPO in gray, of
-published_ppo.csv (easy) and published_hard.csv.
+A panel a game: colours are settings, dashes further seeds; thin lines are the published runs, PPO in gray, PPG
+dotted, of published_ppo.csv (easy) and published_hard.csv.
 """
 
 import csv
@@ -21,12 +21,12 @@ CURVES = {  # {setting: colour, label}
     "ppg-dual-32": ("C9", "PPG, two networks, N_pi 32"),
     "ppo": ("C1", "PPO, this script's"),
     "ppo-clipped": ("C6", "PPO, gradients clipped"),
-    "cleanrl": ("C4", "CleanRL's PPG, N_pi 32"),
+    "cleanrl": ("k", "CleanRL's PPG, N_pi 32"),
 }
 VARIANTS = {
     "ppo": CURVES["ppo"],
     "ppo-clipped": CURVES["ppo-clipped"],
-    "ppo-baselines": ("C3", "PPO, Baselines' choices"),
+    "ppo-baselines": ("C3", "PPO, Baselines' choices (StarPilot: three)"),
     "ppo-segments": ("C9", "PPO, minibatches of segments"),
     "ppg": CURVES["ppg"],
     "ppg-segments": ("C7", "PPG, minibatches of segments"),
@@ -63,7 +63,7 @@ def draw(file, settings, published_to, ours_to=float("inf")):
         for (algorithm, _), curve in published.items():
             color, label = PUBLISHED[algorithm]
             x, y = np.array(list(curve)) / 1e6, curve.values()
-            lines[label] = panel.plot(x, y, color=color, lw=0.9)[0]
+            lines[label] = panel.plot(x, y, color=color, ls="-" if algorithm == "ppo" else ":", lw=0.9)[0]
         curves = {}
         for setting, (color, label) in settings.items():
             for seed in (name for name in sorted(runs[game]) if name in (setting, f"{setting}-2", f"{setting}-3")):
@@ -93,5 +93,5 @@ for path in sorted(HERE.glob("*-*.csv")):
     steps, returns = np.array(points).T
     means = [returns[max(0, i - HALF) : i + HALF + 1].mean() for i in range(len(returns))]
     runs[game][name] = dict(zip(steps.astype(int), means, strict=True))
-draw("curves.png", CURVES, published_to=4.3e6)
+draw("curves.png", CURVES, published_to=5.3e6)
 draw("variants.png", VARIANTS, published_to=1.1e6, ours_to=1.1e6)
