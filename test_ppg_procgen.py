@@ -46,11 +46,11 @@ def parse(flags):
 def train(flags):
     """A run, or more of one, in this process -> its agent."""
     args = parse(flags) if isinstance(flags, str) else flags
-    with ppg.run_directory(args) as run_dir:
-        # TensorBoard reads the event files of a directory in the order of the seconds in their names.
-        while list(run_dir.glob(f"events.*.{int(time.time())}.*")):
-            time.sleep(0.05)
-        return ppg.train(args, run_dir)
+    run_dir = ppg.run_directory(args)
+    # TensorBoard reads the event files of a directory in the order of the seconds in their names.
+    while list(run_dir.glob(f"events.*.{int(time.time())}.*")):
+        time.sleep(0.05)
+    return ppg.train(args, run_dir)
 
 
 def refused(flags, pattern, capsys):
@@ -314,7 +314,7 @@ def test_every_game_in_every_mode(game):
                 np.testing.assert_array_equal(other.step(actions)[0], step[0])
         assert np.ptp(begin) > 0 and (begin != step[0]).any() and info == {}
         assert (one.reset(seed=5)[0] != step[0]).any() and one.procgen.observe()[2].all()
-        assert ("x/normalized_return" in ppg.return_metrics("x", [2], one)) == (mode in ("easy", "hard"))
+        assert ("x/normalized_return" in ppg.return_metrics("x", np.ones(1), one)) == (mode in ("easy", "hard"))
         one.close(), other.close(), plain.close()
 
 
@@ -332,7 +332,8 @@ def test_first_kl_is_zero(tmp_path, monkeypatch, capsys, arch, cpu, precision):
     agent = train(f"{SMALL} --run-dir {tmp_path} {flags} --num-aux-minibatches 1")  # 1 auxiliary epoch of 1 minibatch
     hook.remove()
     assert scalars(tmp_path)["losses/aux/kl_loss"] == {512: 0.0}
-    assert f"policy phase fp32, auxiliary phase {precision}" in capsys.readouterr().out.splitlines()[0]
+    machine = f"cpu ({torch.get_num_threads()} threads), policy phase fp32, auxiliary phase {precision}"
+    assert machine in capsys.readouterr().out.splitlines()[0]
     assert not ppg.policy_phase_loss.call_args.args[3]
     assert ppg.auxiliary_phase_loss.call_args.args[3] == (precision == "bf16")
     if arch == "dual":
@@ -440,7 +441,7 @@ class Envs:
 import ppg_procgen as ppg
 pathlib.Path.read_text = missing  # the script reads nothing but /proc so
 ppg.make_envs, args = lambda *_, **__: Envs(), ppg.parse_args()
-with ppg.run_directory(args) as run_dir: ppg.train(args, run_dir)
+ppg.train(args, ppg.run_directory(args))
 """)
     for flags in f"{SMALL} --eval-episodes 4 --run-dir {tmp_path}", f"--resume {tmp_path} --total-timesteps 128":
         status, output, _ = finish(start(flags, script, env=environment))
@@ -540,8 +541,8 @@ def test_tensorboard(tmp_path, monkeypatch):
 
 
 def test_time_left(tmp_path, monkeypatch, capsys):
-    """`left` is unknown in the first phase, whose end is told after an auxiliary epoch, then goes by the rate of the
-    last phase and counts the auxiliary phase to come. The summary has the rate and the shares of the later phases."""
+    """`left` is unknown in the first phase, then goes by the rate of the last phase and counts the auxiliary phase to
+    come. The summary has the rate and the shares of the later phases."""
     now, phases = [0.0], [(30, 30, "3", "?"), (15, 35, "2", "0:01:45"), (20, 130, "2", "0:00:30")]
     monkeypatch.setattr(ppg.time, "perf_counter", lambda: now[0])
     log = ppg.Log(parse(f"{SMALL} --n-pi 25 --num-steps 1 --e-aux 3"), tmp_path, 0, 300)
@@ -550,13 +551,9 @@ def test_time_left(tmp_path, monkeypatch, capsys):
         log.start_phase()
         now[0] += policy
         log.lap("policy_phase")
-        log.write_iteration(phase, 100 * phase, metrics | {"losses/approx_kl": 0})
+        log.write_iteration(100 * phase, metrics | {"losses/approx_kl": 0})
         assert capsys.readouterr().out.endswith(f"| {rate} steps/s | left {left}\n")
-        for epoch in (1, 2):
-            now[0] += auxiliary / 2
-            log.print_auxiliary_epoch(phase, epoch)
-        notes = re.findall("  this phase ends in about .*", capsys.readouterr().out)
-        assert notes == (["  this phase ends in about 0:00:30"] if phase == 1 else [])  # two epochs of 15 seconds
+        now[0] += auxiliary
         log.lap("auxiliary_phase")
     log.print_summary()
     assert "| 1 steps/s after the first phase | policy phase 18%" in capsys.readouterr().out  # 200 in 200 seconds
@@ -571,7 +568,7 @@ def test_script(tmp_path):
         "chaser easy, all levels | shared, 626,513 parameters | 4 environments x 4 steps, N_pi 2 | "
     )
     assert second == f"run directory {tmp_path} | first checkpoint at step 32\n"
-    read_until(process, "step 16/512 3.1%", "step 32/", "  auxiliary phase 1, epoch 1/2 | ", "  this phase ends in ")
+    read_until(process, "step 16/512 3.1%", "step 32/", "  auxiliary phase 1, epoch 1/2 | ")
     kilobytes = []
     for rollouts in (8, 20):
         read_until(process, *["step"] * rollouts)
@@ -591,7 +588,7 @@ from 0 to <- --gamma -0.1; --gamma 1.001; --gamma nan; --gae-lambda 1.5; --rewar
 from 0 to <- --clip-coef -0.1; --kl-coef -0.1; --ent-coef -0.1; --beta-clone -0.1; --max-grad-norm -0.1
 --learning-rate: <- --learning-rate 0; --learning-rate inf; --learning-rate high
 --num-(aux-)?minibatches <- --num-envs 8 --num-aux-minibatches 16; --num-minibatches 3
-x 2 processes <- --num-aux-minibatches 4; --num-minibatches 32
+multiple of (8|64) .*x processes <- --num-aux-minibatches 4; --num-minibatches 32
 --(agent|evaluate) <- --evaluate 5; --evaluate 5 --agent {tmp} --resume {tmp}; --agent {tmp}; --capture-video
 cannot load .*(agent|checkpoint).pt <- --resume {tmp}; --resume ""; --evaluate 5 --agent ""; --evaluate 5 --agent run
 --arch shared|policy-phase <- --arch dual --detach-value never; --detach-value policy
@@ -616,9 +613,10 @@ level <- --start-level 5; --env-id maze --distribution-mode exploration --num-le
 def test_unfit_environments(tmp_path, monkeypatch, capsys):
     """An environment that the script cannot train on, would misread or cannot film, is refused in one line."""
     for pattern, name, value in (
-        ("must be uint8 images", "single_observation_space", gym.spaces.Box(0, 1, (32, 32, 3), np.float32)),
-        ("channels last", "single_observation_space", gym.spaces.Box(0, 255, (3, 32, 32), np.uint8)),
-        ("not uint8 .4, 32, 32, 3.$", "single_observation_space", gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)),
+        ("must be uint8 .* not float32", "draw", lambda: np.ones((4, 32, 32, 3), np.float32)),
+        ("channels last, not .* .4, 3, 32, 32.$", "draw", lambda: np.zeros((4, 3, 32, 32), np.uint8)),
+        (r"must be .* \[4, H, W, C\]", "draw", lambda: np.zeros((2, 32, 32, 3), np.uint8)),
+        (r"must be .* \[4, H, W, C\]", "draw", lambda: np.zeros((4, 32), np.uint8)),
         ("actions must be Discrete", "single_action_space", gym.spaces.MultiDiscrete([2, 2])),
         ("actions must be Discrete", "single_action_space", gym.spaces.Discrete(4, start=1)),
         ("SAME_STEP, not AutoresetMode.NEXT_STEP", "metadata", {"autoreset_mode": AutoresetMode.NEXT_STEP}),
@@ -691,8 +689,8 @@ def test_killed_at_any_moment(tmp_path):
 
 @pytest.mark.parametrize("flags, saved", [("", "64|128"), ("--checkpoint-every 0", "nothing"), ("--n-pi 6", "0")])
 def test_signals(tmp_path, runs, flags, saved):
-    """Ctrl-C and SIGTERM end a run with 130 and 143 and one line that tells where it was and up to which step it is
-    saved, with the flags that really continue it, or that nothing is saved. SIGHUP, which nohup ignores, does not."""
+    """Ctrl-C and SIGTERM end a run with one line that tells where it was and up to which step it is saved, with the
+    flags that really continue it, or that nothing is saved. SIGHUP, which nohup ignores, does not."""
     number = signal.SIGTERM if saved == "0" else signal.SIGINT
     nohup = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)}
     process = start(f"{SMALL} --total-timesteps {3 * PHASE} --run-dir {tmp_path}/run {flags}", **nohup)
@@ -703,7 +701,7 @@ def test_signals(tmp_path, runs, flags, saved):
     status, _, (error,) = finish(process)
     saved = saved if saved == "nothing" else f"up to step ({saved}): (--resume {tmp_path}/run)"
     stopped = re.fullmatch(f"stopped at step (?:96|128|160|192), saved {saved}", error)
-    assert status == 128 + number and stopped
+    assert status == 1 and stopped
     if not flags:
         assert stopped[1] == str(checkpoint(tmp_path / "run")["global_step"])
         train(stopped[2])
@@ -847,7 +845,7 @@ def test_evaluation(monkeypatch, capsys):
             seen |= {int(info["level_seed"]) for info in envs.procgen.get_info()}
             envs.step(np.full(5, -1))
         assert len(seen) > 10 and all(level in levels for level in seen)
-    assert ppg.return_metrics("x", [6.75], envs) == {"x/episodic_return": 6.75, "x/normalized_return": 0.5}
+    assert ppg.return_metrics("x", np.array([6.75]), envs) == {"x/episodic_return": 6.75, "x/normalized_return": 0.5}
     agent, made = ppg.Agent((16, 16, 3), 4, "shared"), [Quadrants(64, length=1, stagger=1, size=16) for _ in range(3)]
     monkeypatch.setattr(ppg, "make_envs", Mock(side_effect=made))
     for seed, flags in enumerate((EVAL, SMALL)):
@@ -1033,7 +1031,7 @@ def test_runs_of_two_processes(tmp_path, capsys):
         assert (status, errors) == (0, [])
     assert content(killed) == content(whole)
     numbers = re.findall(r"^(?:step|  auxiliary phase) (\d+)", "\n".join(lines), re.MULTILINE)
-    assert numbers == ["128", "256", "1", "384", "512", "2", "640", "768", "3"] and len(lines) == 2 + 9 + 2
+    assert numbers == ["128", "256", "1", "384", "512", "2", "640", "768", "3"] and len(lines) == 2 + 9 + 1
     assert sorted(file.name.split(".")[0] for file in whole.iterdir()) == ["", "agent", "checkpoint", "events"]
     lengths, counts = (scalars(whole)[f"charts/{name}"] for name in ("episodic_length", "episodes"))
     under_way = sum(rank["episodes"]["running"][:, 1].sum() for rank in checkpoint(whole)["ranks"])
