@@ -1,8 +1,8 @@
-"""Draws curves.png and variants.png from the CSV files beside it, and prints the points as tables: python results/figure.py
+"""Draws curves.png and questions.png from the CSV files beside it, and prints their points: python results/figure.py
 (needs matplotlib).
 
-A panel a game: colours are settings, dashes further seeds; thin lines are the published runs, PPO in gray, PPG
-dotted, of published_ppo.csv (easy) and published_hard.csv.
+A point is the mean of five rollouts. A line is the mean over a setting's runs, and its band spans them. A run that is
+shorter than the others of its setting is a thin line of its own. A run that has no CSV file yet is left out.
 """
 
 import csv
@@ -13,85 +13,171 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 HERE = Path(__file__).parent
-CURVES = {  # {setting: colour, label}
-    "ppg": ("C0", "PPG, one network, N_pi 8"),
-    "always": ("C2", "PPG, --detach-value always"),
-    "ppg-32": ("C5", "PPG, one network, N_pi 32"),
-    "ppg-dual": ("C8", "PPG, two networks, N_pi 8"),
-    "ppg-dual-32": ("C9", "PPG, two networks, N_pi 32"),
-    "ppo": ("C1", "PPO, this script's"),
-    "ppo-clipped": ("C6", "PPO, gradients clipped"),
-    "cleanrl": ("k", "CleanRL's PPG, N_pi 32"),
-}
-VARIANTS = {
-    "ppo": CURVES["ppo"],
-    "ppo-clipped": CURVES["ppo-clipped"],
-    "ppo-baselines": ("C3", "PPO, Baselines' choices (StarPilot: three)"),
-    "ppo-segments": ("C9", "PPO, minibatches of segments"),
-    "ppg": CURVES["ppg"],
-    "ppg-segments": ("C7", "PPG, minibatches of segments"),
-}
-PUBLISHED = {  # {algorithm: colour, label}
-    "ppo": ("0.6", "published PPO, 3 runs"),
-    "ppgsingle": ("C5", "published PPG, one network, N_pi 32, 3 runs"),
-    "ppg": ("C9", "published PPG, two networks, N_pi 32, 3 runs"),
-}
-NAMES = {  # {game: title}
-    "starpilot": "StarPilot, easy, all levels",
-    "fruitbot": "FruitBot, easy, all levels",
-    "bigfish": "BigFish, hard, all levels, 256 environments",
-}
-HALF = 2  # rollouts before and after each that its mean takes in, as in the published numbers; fewer at the ends
-EVERY = 131_072  # steps from one published number to the next
+BLUE, VERMILION, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "0.4"  # can be told apart by colour-blind readers
+CORE_HOURS = {"starpilot-ppg": 5.3, "starpilot-ppo": 3.3}  # processor time of the first 2,097,152 steps
+RETURN_RANGES = {"starpilot": (2.5, 64), "fruitbot": (-1.5, 32.4)}  # easy levels: a normalised return of 0 and of 1
+EVERY = 131_072  # steps from one published point to the next
 
 
-def read(path):
-    with path.open(newline="") as file:
+def read(name):
+    with (HERE / name).open(newline="") as file:
         return list(csv.DictReader(file))
 
 
-def draw(file, settings, published_to, ours_to=float("inf")):
-    """One figure and its table; the published runs up to so many steps, ours likewise."""
-    games = [game for game in NAMES if settings.keys() & runs[game].keys()]
-    figure, panels = plt.subplots(1, len(games), figsize=(5.5 * len(games), 5.5), layout="constrained")
-    lines = {}  # {label: a line of its colour}
-    for panel, game in zip(panels, games, strict=True):
-        published = defaultdict(dict)  # {(algorithm, run): {step: return}}
-        for row in read(HERE / "published_ppo.csv") + read(HERE / "published_hard.csv"):
-            if row["game"] == game and int(row["step"]) <= published_to:
-                published[row.get("algorithm", "ppo"), row["run"]][int(row["step"])] = float(row["return"])
-        for (algorithm, _), curve in published.items():
-            color, label = PUBLISHED[algorithm]
-            x, y = np.array(list(curve)) / 1e6, curve.values()
-            lines[label] = panel.plot(x, y, color=color, ls="-" if algorithm == "ppo" else ":", lw=0.9)[0]
-        curves = {}
-        for setting, (color, label) in settings.items():
-            for seed in (name for name in sorted(runs[game]) if name in (setting, f"{setting}-2", f"{setting}-3")):
-                curves[seed] = {step: mean for step, mean in runs[game][seed].items() if step <= ours_to}
-                line = "-" if seed == setting else "--"
-                x, y = np.array(list(curves[seed])) / 1e6, curves[seed].values()
-                lines.setdefault(label, panel.plot(x, y, color=color, ls=line, lw=1.7)[0])
-        panel.set(title=NAMES[game], xlabel="million environment steps", ylabel="mean episodic return")
+def ours(*names):
+    """The smoothed curves {step: return} of our runs. Near a run's ends, fewer than five rollouts are averaged."""
+    curves = []
+    for name in names:
+        if (HERE / f"{name}.csv").exists():
+            rows = [row for row in read(f"{name}.csv") if row["episodic_return"]]
+            returns = [float(row["episodic_return"]) for row in rows]
+            means = [np.mean(returns[max(0, i - 2) : i + 3]) for i in range(len(returns))]
+            curves.append(dict(zip((int(row["step"]) for row in rows), means)))
+    return curves
+
+
+def published(game, algorithm="ppo", until=2_200_000):
+    """The published curves {step: return}, which are smoothed already."""
+    curves = defaultdict(dict)
+    for row in read("published_ppo.csv") + read("published_hard.csv"):
+        if (row["game"], row.get("algorithm", "ppo")) == (game, algorithm) and int(row["step"]) <= until:
+            curves[row["run"]][int(row["step"])] = float(row["return"])
+    return list(curves.values())
+
+
+def draw(panel, curves, color, label="", place="above", unit=1e6):
+    """Draw the curves of one setting, with the label at the end of their mean: above it, right of it, or so many points
+    below it."""
+    if not curves:
+        return
+    length = max(max(curve) for curve in curves)
+    for curve in curves:
+        if max(curve) < length:
+            panel.plot(np.array(list(curve)) / unit, list(curve.values()), color=color, lw=1)
+    whole = [curve for curve in curves if max(curve) == length]
+    steps = np.array(sorted(set.intersection(*map(set, whole))))
+    values = np.array([[curve[step] for step in steps] for curve in whole])
+    panel.plot(steps / unit, values.mean(0), color=color, lw=2.2)
+    if len(whole) > 1:
+        panel.fill_between(steps / unit, values.min(0), values.max(0), color=color, alpha=0.25, lw=0)
+    x, y = steps[-1] / unit, values[:, -1]
+    if place == "right":
+        end, offset, ha, va = y.mean(), (5, 2), "left", "top"
+    elif place == "above":
+        end, offset, ha, va = y.max(), (0, 5), "right", "bottom"
+    else:
+        end, offset, ha, va = y.min(), (0, -place), "right", "top"
+    panel.annotate(label, (x, end), xytext=offset, textcoords="offset points", color=color, ha=ha, va=va)
+
+
+def draw_curves():
+    figure, (starpilot, fruitbot, hours) = plt.subplots(1, 3, figsize=(10, 4), layout="constrained")
+    draw(starpilot, published("starpilot"), GRAY, "published PPO", 78)
+    draw(starpilot, ours("starpilot-ppo"), VERMILION, "our PPO", 61)
+    draw(starpilot, ours("starpilot-ppg", "starpilot-ppg-2"), BLUE, "PPG")
+    draw(fruitbot, published("fruitbot"), GRAY, "published PPO", 122)
+    draw(fruitbot, ours("fruitbot-ppo", "fruitbot-ppo-2"), VERMILION, "our PPO", 80)
+    draw(fruitbot, ours("fruitbot-ppg", "fruitbot-ppg-2"), BLUE, "PPG")
+    for panel, game in (starpilot, "starpilot"), (fruitbot, "fruitbot"):
+        low, high = RETURN_RANGES[game]
+        to_normalised, to_return = lambda y, a=low, b=high: (y - a) / (b - a), lambda z, a=low, b=high: a + z * (b - a)
+        axis = panel.secondary_yaxis("right", functions=(to_normalised, to_return), color=GRAY)
+        axis.set_yticks(np.arange(0, 0.9, 0.2 if game == "fruitbot" else 0.1))
+        axis.set_ylabel("normalised")
+        panel.set(xlim=(0, 2.2), xticks=[0, 1, 2], xlabel="million steps")
+    for name, color, label in ("starpilot-ppo", VERMILION, "our PPO"), ("starpilot-ppg", BLUE, "PPG"):
+        draw(hours, ours(name), color, label, unit=2_097_152 / CORE_HOURS[name])
+    starpilot.set(title="StarPilot", ylabel="mean return", ylim=(0, 31))
+    fruitbot.set(title="FruitBot", ylim=(-4, 28))
+    hours.set(title="StarPilot per hour", xlim=(0, 5.8), xticks=[0, 2, 4], ylim=(0, 31), xlabel="core hours")
+    save(figure, "curves.png")
+
+
+def draw_questions():
+    figure, panels = plt.subplots(3, 3, figsize=(10, 9.6), layout="constrained")
+    e_pi, e_aux, n_pi, networks, gradient, clipping, minibatches, bigfish, note = panels.flat
+    ppg, ppo = ours("fruitbot-ppg", "fruitbot-ppg-2"), ours("fruitbot-ppo", "fruitbot-ppo-2")
+    for panel in (e_pi, e_aux, n_pi, networks, gradient, clipping):
+        draw(panel, published("fruitbot"), GRAY)
+        panel.set(xlim=(0, 2.2), xticks=[0, 1, 2], ylim=(-6, 29))
+
+    e_pi.set_title("policy epochs")
+    draw(e_pi, ours("fruitbot-e-pi-3"), VERMILION, "E_pi 3", "right")
+    draw(e_pi, ppg, BLUE, "E_pi 1")
+
+    e_aux.set_title("auxiliary epochs")
+    draw(e_aux, ours("fruitbot-e-aux-1"), VERMILION, "E_aux 1", "right")
+    draw(e_aux, ours("fruitbot-e-aux-3"), GREEN, "E_aux 3", "right")
+    draw(e_aux, ppg, BLUE, "E_aux 6")
+
+    n_pi.set_title("rollouts in a phase")
+    draw(n_pi, ours("fruitbot-n-pi-2"), GREEN, "N_pi 2", "right")
+    draw(n_pi, ours("fruitbot-ppg-32"), VERMILION, "N_pi 32")
+    draw(n_pi, ppg, BLUE, "N_pi 8")
+
+    networks.set_title("networks")
+    draw(networks, ppg, BLUE, "one")
+    draw(networks, ours("fruitbot-ppg-dual"), VERMILION, "two")
+
+    gradient.set_title("auxiliary value gradient")
+    draw(gradient, ppg, BLUE, "into the encoder")
+    draw(gradient, ours("fruitbot-always", "fruitbot-always-2"), VERMILION, "into the head", 68)
+
+    clipping.set_title("PPO's gradients")
+    draw(clipping, ppo, VERMILION, "not clipped", 60)
+    draw(clipping, ours("fruitbot-ppo-clipped", "fruitbot-ppo-clipped-2"), BLUE, "clipped")
+
+    minibatches.set(title="PPO's minibatches", ylim=(1, 6), xlim=(0, 0.6), xticks=[0, 0.2, 0.4, 0.6])
+    draw(minibatches, published("starpilot", until=600_000), GRAY)
+    draw(minibatches, ours("starpilot-ppo-segments"), VERMILION, "segments", 56)
+    single = {step: value for step, value in ours("starpilot-ppo")[0].items() if step <= 600_000}
+    draw(minibatches, [single], BLUE, "transitions", 78)
+
+    bigfish.set(title="hard BigFish", xlim=(0, 5.4), xticks=[0, 2, 4], ylim=(0, 2.5))
+    draw(bigfish, published("bigfish", until=5_300_000), GRAY)
+    draw(bigfish, published("bigfish", "ppgsingle", 5_300_000), VERMILION, "authors'")
+    draw(bigfish, ours("bigfish-ppg-32"), BLUE, "ours")
+
+    note.axis("off")
+    lines = (
+        "x: million steps",
+        "y: mean return",
+        "",
+        "gray: published PPO",
+        "",
+        "FruitBot, but for",
+        "minibatches (StarPilot)",
+        "and BigFish",
+    )
+    note.text(0, 0.95, "\n".join(lines), va="top")
+    save(figure, "questions.png")
+
+
+def save(figure, name):
+    for panel in figure.axes:
         panel.spines[["top", "right"]].set_visible(False)
-
-        print(game, *curves, *(f"published {name}" for name in PUBLISHED), sep="\t")
-        for step in range(EVERY, max(map(max, curves.values())) + 1, EVERY):
-            ours = [f"{curve[step]:.2f}" if step in curve else "" for curve in curves.values()]
-            for algorithm in PUBLISHED:
-                theirs = [curve[step] for (name, _), curve in published.items() if name == algorithm and step in curve]
-                ours.append(f"{min(theirs):.2f} to {max(theirs):.2f}" if theirs else "")
-            print(f"{step:,}", *ours, sep="\t")
-    lines["further seeds"] = plt.Line2D([], [], color="0.3", ls="--", lw=1.7)
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(HERE / file, dpi=110)
+    figure.savefig(HERE / name, dpi=160)
 
 
-runs = defaultdict(dict)  # {game: {run: {step: mean return}}}
-for path in sorted(HERE.glob("*-*.csv")):
-    points = [(int(row["step"]), float(row["episodic_return"])) for row in read(path) if row["episodic_return"]]
-    game, name = path.stem.split("-", 1)
-    steps, returns = np.array(points).T
-    means = [returns[max(0, i - HALF) : i + HALF + 1].mean() for i in range(len(returns))]
-    runs[game][name] = dict(zip(steps.astype(int), means, strict=True))
-draw("curves.png", CURVES, published_to=5.3e6)
-draw("variants.png", VARIANTS, published_to=1.1e6, ours_to=1.1e6)
+def print_points():
+    """Print the points of every run, at the steps of the published ones, and the range of the published runs."""
+    for path in sorted(HERE.glob("*-*.csv")):
+        points = ours(path.stem)[0]
+        print(
+            path.stem,
+            *(f"{step / 1e6:.2f}M {mean:.2f}" for step, mean in points.items() if step % EVERY == 0),
+            sep="  ",
+        )
+    for game in ("starpilot", "fruitbot"):
+        print(f"published PPO, {game}", end="")
+        curves = published(game)
+        for step in curves[0]:
+            values = [curve[step] for curve in curves]
+            print(f"  {step / 1e6:.2f}M {min(values):.1f} to {max(values):.1f}", end="")
+        print()
+
+
+plt.rcParams.update({"font.size": 14.4, "axes.titlesize": 14.4})  # 12 points where the figure is shown 800 pixels wide
+draw_curves()
+draw_questions()
+print_points()
