@@ -413,8 +413,8 @@ def minibatches(data, size, device):
 
 
 def backward_in_chunks(loss_function, agent, minibatch, chunk_size, log, *options):
-    """Add the gradient of loss_function(agent, minibatch, *options) to the parameters' .grad, one chunk at a time to save
-    memory. The weighted sum is the gradient of the whole minibatch, because the loss is a mean over observations."""
+    """Add the gradient of loss_function(agent, minibatch, *options) to the parameters' .grad. Only a chunk at a time is
+    in memory. The weighted sum is the minibatch's gradient, because the loss is a mean over observations."""
     for parts in zip(*(x.split(chunk_size) for x in minibatch.values())):
         chunk = dict(zip(minibatch, parts))
         loss, metrics = loss_function(agent, chunk, *options)
