@@ -51,7 +51,6 @@ T steps of one environment in one rollout, one row of an [N, T] tensor. The buff
 """
 
 import argparse
-import atexit
 import contextlib
 import ctypes
 import io
@@ -681,21 +680,24 @@ def announce(args, run_dir, agent, aux_obs, device, policy_bf16, aux_bf16):
 
 
 # ------------------------------------------------------------------------------------ plumbing: run directory and files
+@contextlib.contextmanager
 def run_directory(args):
-    """Make or reopen the run directory, keep other processes out of it until this one ends, and return its Path."""
+    """Make or reopen the run directory, and keep it locked. Every process gets its Path."""
     name = f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}-{os.getpid()}"
     run_dir = all_processes(Path(args.resume or args.run_dir or name))[0]
+    lock = FileLock(run_dir / ".lock")
     if RANK == 0:
-        lock = FileLock(run_dir / ".lock", is_singleton=True)  # so that this process itself can reopen the directory
-        atexit.register(lock.release, force=True)
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
         except OSError as error:
             fail(f"cannot use {run_dir}; does another process use it? ({error})")
-        holds_run = any(run_dir.glob("*.pt")) and not args.resume
+    try:
+        holds_run = RANK == 0 and any(run_dir.glob("*.pt")) and not args.resume
         fail(f"{run_dir} already holds a run; --resume {run_dir} continues it", when=holds_run)
-    return run_dir
+        yield run_dir
+    finally:
+        lock.release()
 
 
 def save(path, data):
@@ -988,11 +990,11 @@ if __name__ == "__main__":
         film = folder / f"{path.stem}-{time.strftime('%Y-%m-%d-%H-%M-%S')}"
         evaluate(args, load_agent(path, device)[0], device, args.evaluate, film)
         sys.exit()
-    run_dir = run_directory(args)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt, as Ctrl-C does
-    try:
-        train(args, run_dir)
-    except KeyboardInterrupt:  # at any moment, because checkpoint.pt is complete at every instant
-        path = run_dir / "checkpoint.pt"
-        saved = f"up to step {load(path)['global_step']:,}: --resume {run_dir}" if path.exists() else "nothing"
-        sys.exit(f"\nstopped at step {Log.global_step:,}, saved {saved}" if RANK == 0 else 1)
+    with run_directory(args) as run_dir:
+        try:
+            train(args, run_dir)
+        except KeyboardInterrupt:  # at any moment, because checkpoint.pt is complete at every instant
+            path = run_dir / "checkpoint.pt"
+            saved = f"up to step {load(path)['global_step']:,}: --resume {run_dir}" if path.exists() else "nothing"
+            sys.exit(f"\nstopped at step {Log.global_step:,}, saved {saved}" if RANK == 0 else 1)

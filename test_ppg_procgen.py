@@ -47,11 +47,11 @@ def parse(flags):
 def train(flags):
     """A run, or more of one, in this process -> its agent."""
     args = parse(flags) if isinstance(flags, str) else flags
-    run_dir = ppg.run_directory(args)
-    # TensorBoard reads the event files of a directory in the order of the seconds in their names.
-    while list(run_dir.glob(f"events.*.{int(time.time())}.*")):
-        time.sleep(0.05)
-    return ppg.train(args, run_dir)
+    with ppg.run_directory(args) as run_dir:
+        # TensorBoard reads the event files of a directory in the order of the seconds in their names.
+        while list(run_dir.glob(f"events.*.{int(time.time())}.*")):
+            time.sleep(0.05)
+        return ppg.train(args, run_dir)
 
 
 def refused(flags, pattern, capsys):
@@ -441,7 +441,7 @@ class Envs:
 import ppg_procgen as ppg
 pathlib.Path.read_text = missing  # the script reads nothing but /proc so
 ppg.make_envs, args = lambda *_, **__: Envs(), ppg.parse_args()
-ppg.train(args, ppg.run_directory(args))
+with ppg.run_directory(args) as run_dir: ppg.train(args, run_dir)
 """)
     for flags in f"{SMALL} --eval-episodes 4 --run-dir {tmp_path}", f"--resume {tmp_path} --total-timesteps 128":
         status, output, _ = finish(start(flags, script, env=environment))
@@ -944,7 +944,7 @@ RECIPES += [(SMALL, "110,417 parameters"), (SMALL, "shift_loss")]
 @pytest.mark.parametrize("recipe", range(len(RECIPES)))
 def test_recipes(tmp_path, recipe):
     """Each of the README's diffs applies to the script, and the result trains, the first to the return that is
-    promised. The one for EnvPool's Procgen, which takes a gigabyte, only trains if envpool is installed."""
+    promised. The one for EnvPool's Procgen only trains if envpool, a gigabyte, is installed."""
     flags, sign = RECIPES[recipe]
     assert QUADRANTS in README
     shutil.copy(SCRIPT, tmp_path)
