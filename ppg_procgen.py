@@ -67,7 +67,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-# Idle OpenMP threads spin by default, so two runs on the same cores slow each other down (README, "Speed").
+# Idle OpenMP threads spin by default, so two runs on the same cores slow each other down.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
@@ -279,8 +279,8 @@ class ProcgenVectorEnv:
 
 def make_envs(args, num_envs, seed, held_out=False, **options):
     """Replace this to train on something else: any gym vector environment that has uint8 images [H, W, C] and discrete
-    actions, and that resets in the step that ends an episode. Its name must be in GAMES, and the memory check counts
-    images of OBSERVATION_SHAPE. `held_out` asks for levels that training does not use."""
+    actions, and that resets in the step that ends an episode. A truncated episode counts as ended. The name must be in
+    GAMES, and the memory check counts images of OBSERVATION_SHAPE. `held_out` asks for levels not used in training."""
     start, number_of_levels = args.start_level, args.num_levels
     if held_out and number_of_levels:  # all levels after the training levels; 0 would include the training levels
         start += number_of_levels
@@ -364,21 +364,21 @@ def kl_divergence(old_logits, new_logits):
 def policy_phase_loss(agent, batch, args, bf16=False, train_policy=True, train_value=True):
     """-L^clip - beta_S * entropy + L^value of a flat batch {obs, actions, logprobs, advantages, targets}
     -> loss, metrics {tag: scalar}. One backward pass serves both losses, as in PPO, but no parameter gets a gradient
-    from both (unless --detach-value is never). If no loss reaches a parameter, its gradient stays None and Adam leaves
-    it alone; with a gradient of 0, Adam's momentum would still move it."""
+    from both (unless --detach-value is never). Adam skips a parameter whose gradient is None, but its momentum would
+    move one whose gradient is 0. So networks whose epochs are over must get None."""
     logits, _, values = agent(batch["obs"], bf16, detach_value=args.detach_value != "never")
     loss, metrics = 0.0, {}
     if train_policy:
         logprobs = F.log_softmax(logits, dim=-1)
         log_ratio = logprobs.gather(-1, batch["actions"][:, None]).squeeze(-1) - batch["logprobs"]
         ratio = log_ratio.exp()
-        surrogate = -batch["advantages"] * ratio
+        surrogate_loss = -batch["advantages"] * ratio
         if args.clip_coef > 0:  # L^clip (PPO, arXiv:1707.06347): moving a ratio beyond the range gains nothing
             clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-            surrogate = torch.maximum(surrogate, -batch["advantages"] * clipped)
+            surrogate_loss = torch.maximum(surrogate_loss, -batch["advantages"] * clipped)
             metrics["losses/clipfrac"] = ((ratio - 1).abs() > args.clip_coef).float().mean()
         # The penalty approximates the KL divergence to second order (official ppo.py, compute_losses).
-        policy_loss = surrogate.mean() + args.kl_coef * 0.5 * log_ratio.square().mean()
+        policy_loss = surrogate_loss.mean() + args.kl_coef * 0.5 * log_ratio.square().mean()
         entropy = -(logprobs.exp() * logprobs).sum(-1).mean()
         loss = policy_loss - args.ent_coef * entropy
         approx_kl = (ratio - 1 - log_ratio).mean()  # never negative, and less noisy than the mean of -log_ratio
@@ -406,7 +406,7 @@ def auxiliary_phase_loss(agent, batch, args, bf16=False):
 def minibatches(data, size, device):
     """Yield all rows of data {name: [rows, ...]} once, in random order, as minibatches {name: [size, ...]}."""
     assert len({len(x) for x in data.values()}) == 1, "all tensors must have the same number of rows"
-    order = torch.randperm(len(data["obs"])).to(data["obs"].device)  # all at once, because each copy stalls a GPU
+    order = torch.randperm(len(data["obs"])).to(data["obs"].device)  # copied once, because a GPU waits for each copy
     for rows in order.split(size):
         yield {name: x[rows].to(device) for name, x in data.items()}
 
@@ -454,7 +454,7 @@ def train(args, run_dir):
 
     announce(args, run_dir, agent, aux_obs, device, policy_bf16, aux_bf16)
     phases_done, global_step, next_obs = restore_run(args, run_dir, state, next_obs)
-    save_run(args, run_dir, state, phases_done, global_step, next_obs, can_resume=args.checkpoint_every > 0)
+    save_run(args, run_dir, state, phases_done, global_step, next_obs, args.checkpoint_every > 0, new_agent=False)
     log = Log(args, run_dir, global_step, num_rollouts * args.num_envs * T)
 
     for phase in range(phases_done + 1, math.ceil(num_rollouts / args.n_pi) + 1):
@@ -467,15 +467,15 @@ def train(args, run_dir):
             obs = aux_obs[segments]
             for t in range(T):
                 obs[:, t] = torch.from_numpy(next_obs)
-                actions[:, t], logprobs[:, t], values[:, t] = act(agent, obs[:, t].to(device), policy_bf16)  # GPU sync
+                actions[:, t], logprobs[:, t], values[:, t] = act(agent, obs[:, t].to(device), policy_bf16)  # GPU waits
                 next_obs, reward, terminated, truncated, _ = envs.step(actions[:, t].numpy())
                 rewards[:, t], dones[:, t] = torch.from_numpy(reward), torch.from_numpy(terminated | truncated)
-            values[:, T] = act(agent, torch.from_numpy(next_obs).to(device), policy_bf16)[2]  # for GAE
+            values[:, T] = act(agent, torch.from_numpy(next_obs).to(device), policy_bf16)[2]  # V after the last step
             global_step += args.num_envs * T
             log.lap("rollout")
 
-            # V^targ, A <- GAE. The advantages are normalised over the full batch of all processes. If each minibatch
-            # did this, the weight of a transition would depend on which others are drawn with it.
+            # V^targ, A <- GAE. The advantages are normalised over the full batch of all processes. Normalising each
+            # minibatch would make the weight of a transition depend on the others drawn with it.
             normalized_rewards = reward_normalizer(rewards, dones)
             advantages, targets = compute_gae(normalized_rewards, values, dones, args.gamma, args.gae_lambda)
             all_advantages = torch.cat(all_processes(advantages))
@@ -552,7 +552,8 @@ class EpisodeStatistics(nn.Module):
             done = dones[:, t] > 0
             ended += [(t, *episode) for episode in self.running[done].tolist()]
             self.running[done] = 0
-        ended = sorted(episode for part in all_processes(ended) for episode in part)  # in order of time
+        ended = [episode for part in all_processes(ended) for episode in part]
+        ended.sort(key=lambda episode: episode[0])  # by time only, because `recent` must not prefer high returns
         _, returns, lengths = torch.tensor(ended, dtype=torch.float64).reshape(-1, 3).T
         self.recent = torch.cat([self.recent, returns])[-100:]
         metrics = {"charts/episodes": len(ended), "charts/episodic_return_100": self.recent.nanmean().item()}
@@ -563,10 +564,10 @@ class EpisodeStatistics(nn.Module):
 
 def return_metrics(group, returns, envs):
     """Return {tag: scalar}: the mean return, and its normalised value if the environments have a return_range."""
-    metrics = {f"{group}/episodic_return": returns.mean().item()}
-    if getattr(envs, "return_range", None) is not None:
-        low, high = envs.return_range
-        metrics[f"{group}/normalized_return"] = (returns.mean().item() - low) / (high - low)
+    mean, bounds = returns.mean().item(), getattr(envs, "return_range", None)
+    metrics = {f"{group}/episodic_return": mean}
+    if bounds is not None:
+        metrics[f"{group}/normalized_return"] = (mean - bounds[0]) / (bounds[1] - bounds[0])
     return metrics
 
 
@@ -685,19 +686,14 @@ def run_directory(args):
     """Make or reopen the run directory, and keep it locked. Every process gets its Path."""
     name = f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}-{os.getpid()}"
     run_dir = all_processes(Path(args.resume or args.run_dir or name))[0]
-    lock = FileLock(run_dir / ".lock")
-    if RANK == 0:
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
-        except OSError as error:
-            fail(f"cannot use {run_dir}; does another process use it? ({error})")
     try:
+        lock = FileLock(run_dir / ".lock").acquire(timeout=0) if RANK == 0 else contextlib.nullcontext()
+    except OSError as error:
+        fail(f"cannot use {run_dir}; does another process use it? ({error})")
+    with lock:
         holds_run = RANK == 0 and any(run_dir.glob("*.pt")) and not args.resume
         fail(f"{run_dir} already holds a run; --resume {run_dir} continues it", when=holds_run)
         yield run_dir
-    finally:
-        lock.release()
 
 
 def save(path, data):
@@ -753,18 +749,19 @@ def make_agent(args, observation_shape, num_actions):
     return agent
 
 
-def save_run(args, run_dir, state, phase, global_step, next_obs, can_resume):
-    """Write agent.pt, and if `can_resume`, checkpoint.pt with everything in `state` that has a state_dict."""
+def save_run(args, run_dir, state, phase, global_step, next_obs, can_resume, new_agent=True):
+    """Write agent.pt if there is a new agent, and checkpoint.pt if the run can resume from here. checkpoint.pt holds
+    everything in `state` that has a state_dict."""
     check_finite(state["agent"].state_dict())
-    parts = {name: part.state_dict() for name, part in state.items() if hasattr(part, "state_dict")}
-    shared = {name: parts.pop(name) for name in ("agent", "optimizer", "aux_optimizer")}  # the same in all processes
     flags = vars(args) | dict.fromkeys(("run_dir", "resume", "init_agent"))  # without this machine's paths
-    content = {"args": flags, "phase": phase, "global_step": global_step}
+    content = {"args": flags, "phase": phase, "global_step": global_step, "agent": state["agent"].state_dict()}
     if can_resume:
+        parts = {name: part.state_dict() for name, part in state.items() if hasattr(part, "state_dict")}
+        common = {name: parts.pop(name) for name in ("agent", "optimizer", "aux_optimizer")}  # to all processes
         parts |= {"next_obs": torch.from_numpy(next_obs), "cpu_random": torch.get_rng_state()}
-        save(run_dir / "checkpoint.pt", {**content, **shared, "ranks": all_processes(parts)})
-    if phase:
-        save(run_dir / "agent.pt", {**content, "observation_shape": next_obs.shape[1:], "agent": shared["agent"]})
+        save(run_dir / "checkpoint.pt", {**content, **common, "ranks": all_processes(parts)})
+    if new_agent:
+        save(run_dir / "agent.pt", {**content, "observation_shape": next_obs.shape[1:]})
 
 
 def restore_run(args, run_dir, state, next_obs):
@@ -773,7 +770,7 @@ def restore_run(args, run_dir, state, next_obs):
         return 0, 0, next_obs
     saved = load(run_dir / "checkpoint.pt")
     processes = len(saved["ranks"])
-    fail(f"the saved run has {processes} processes, this one {WORLD_SIZE}", when=processes != WORLD_SIZE)
+    fail(f"the saved run has {processes} processes: use torchrun with as many", when=processes != WORLD_SIZE)
     saved |= saved["ranks"][RANK]
     for name in state.keys() & saved.keys():
         state[name].load_state_dict(saved[name])
@@ -857,7 +854,9 @@ def choose_device(args):
     use_gpu = torch.cuda.is_available() and args.device != "cpu"
     fail("--device cuda: torch finds no GPU; leave the flag out", when=args.device == "cuda" and not use_gpu)
     if use_gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        fail(f"this machine has {num_gpus} GPUs, fewer than processes", when=local_rank >= num_gpus)
+        torch.cuda.set_device(local_rank)
         torch.backends.cudnn.allow_tf32 = args.precision != "fp32"  # convolutions are 98 % of the arithmetic
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -891,11 +890,12 @@ def free_memory(root="/"):
 def choose_buffer_device(args, device, num_segments):
     """Return a device with enough memory for the phase buffer, or end the run before it allocates anything large."""
     needed = num_segments * args.num_steps * math.prod(OBSERVATION_SHAPE)
+    free = min(all_processes(free_memory())) / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device.type == "cuda" and needed + 4e9 < torch.cuda.mem_get_info()[0]:  # training itself takes up to 4 GB
         return device
-    needed += 1_500_000_000  # for everything else
-    free = min(all_processes(free_memory())) / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    fail(f"training needs {needed:,} bytes of memory but only {free:,.0f} are free: lower --n-pi", when=needed > free)
+    needed += 1.5e9  # for everything else
+    message = f"training needs {needed / 1e9:.1f} GB of memory but only {free / 1e9:.1f} GB are free"
+    fail(f"{message}: lower --n-pi or --num-envs", when=needed > free)
     return torch.device("cpu")
 
 
@@ -929,7 +929,8 @@ def add_saved_flags(parser, argv):
         return args
     if args.agent is not None:
         saved = vars(load_agent(args.agent)[1]) | {"capture_video": False, "device": "auto"}
-        may_change = saved.keys()
+        may_change = {"env_id", "distribution_mode", "num_levels", "start_level", "seed", "precision"}
+        may_change |= {"device", "capture_video", "evaluate", "agent"}
     else:
         saved = load(Path(args.resume, "checkpoint.pt"))["args"] | {"run_dir": args.resume}
         may_change = {"total_timesteps", "checkpoint_every", "device", "eval_episodes", "capture_video", "resume"}
@@ -951,8 +952,9 @@ def check_flags(args):
     fail("exploration mode has a single, fixed level", when=exploration and (args.num_levels or args.start_level))
     fail("--start-level needs --num-levels", when=args.start_level and not args.num_levels)
     fail("--detach-value needs --arch shared", when=args.arch == "dual" and args.detach_value != "policy-phase")
-    fail(f"--num-envs x --num-steps must be a multiple of {parts} (--num-minibatches x processes)", rollout % parts)
-    fail(f"--num-envs must be a multiple of {aux_parts} (--num-aux-minibatches x processes)", args.num_envs % aux_parts)
+    fail(f"--num-envs x --num-steps is no multiple of {parts} (--num-minibatches x processes)", when=rollout % parts)
+    remainder = args.num_envs % aux_parts
+    fail(f"--num-envs is no multiple of {aux_parts} (--num-aux-minibatches x processes)", when=remainder)
     fail("--capture-video needs --eval-episodes or --evaluate", when=args.capture_video and not evaluates)
     if args.e_aux and not args.evaluate and args.total_timesteps <= rollout * (args.n_pi - 1):
         advice = f"--total-timesteps {args.n_pi * rollout} or --n-pi {math.ceil(args.total_timesteps / rollout)}"
@@ -962,16 +964,15 @@ def check_flags(args):
 
 def begin_episodes(args, envs, seed):
     """Return the first observations, or end the run if it cannot use these environments or would misread them."""
-    (obs, _), actions = envs.reset(seed=seed), envs.single_action_space
+    (obs, _), action_space = envs.reset(seed=seed), envs.single_action_space
     is_images = obs.dtype == np.uint8 and obs.ndim == 4 and len(obs) == envs.num_envs and obs.shape[1] >= obs.shape[3]
     wanted, found = f"uint8 images [{envs.num_envs}, H, W, C], channels last", f"{obs.dtype} {obs.shape}"
     fail(f"observations must be {wanted}, not {found}", when=not is_images)
-    is_discrete = type(actions).__name__ == "Discrete" and getattr(actions, "start", 0) == 0
-    fail(f"actions must be Discrete and begin with 0, not {actions}", when=not is_discrete)
+    is_discrete = type(action_space).__name__ == "Discrete" and getattr(action_space, "start", 0) == 0
+    fail(f"actions must be Discrete and begin with 0, not {action_space}", when=not is_discrete)
     autoreset = str((getattr(envs, "metadata", None) or {}).get("autoreset_mode", "same"))
     fail(f"the autoreset mode must be SAME_STEP, not {autoreset}", when="same" not in autoreset.lower())
-    cannot_film = args.capture_video and not hasattr(envs, "record")
-    fail("--capture-video: these environments have no method `record`", when=cannot_film)
+    fail("--capture-video needs a method `record`", when=args.capture_video and not hasattr(envs, "record"))
     return obs
 
 
