@@ -651,6 +651,9 @@ class Log:
         means = self.means()
         losses = " | ".join(f"{tag.split('/')[-1]} {mean:.4f}" for tag, mean in means.items())
         print(f"  auxiliary phase {phase}, epoch {epoch}/{self.e_aux} | {losses}")
+        if len(self.phase_times) == epoch == 1 < self.e_aux:
+            left = (self.e_aux - 1) * (time.perf_counter() - self.lap_start)
+            print(f"  this phase ends in about {timedelta(seconds=round(left))}")
         return means
 
     def print_summary(self):
