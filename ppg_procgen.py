@@ -339,7 +339,7 @@ def compute_gae(rewards, values, dones, gamma, gae_lambda):
 @torch.no_grad()
 def act(agent, obs, bf16=False, generator=None):
     """uint8 images [N, H, W, C] -> sampled actions [N], their log-probabilities [N], values [N]."""
-    logits, _, values = agent(obs, bf16)
+    logits, *_, values = agent(obs, bf16)
     logprobs = F.log_softmax(logits, dim=-1)
     # With exponential noise, the argmax of p / noise is a sample from p. The noise is drawn on the CPU even with a GPU,
     # so that a checkpoint has only one generator's state to store.
@@ -366,7 +366,7 @@ def policy_phase_loss(agent, batch, args, bf16=False, train_policy=True, train_v
     -> loss, metrics {tag: scalar}. One backward pass serves both losses, as in PPO, but no parameter gets a gradient
     from both (unless --detach-value is never). Adam skips a parameter whose gradient is None, but its momentum would
     move one whose gradient is 0. So networks whose epochs are over must get None."""
-    logits, _, values = agent(batch["obs"], bf16, detach_value=args.detach_value != "never")
+    logits, *_, values = agent(batch["obs"], bf16, detach_value=args.detach_value != "never")
     loss, metrics = 0.0, {}
     if train_policy:
         logprobs = F.log_softmax(logits, dim=-1)
@@ -775,8 +775,12 @@ def restore_run(args, run_dir, state, next_obs):
     processes = len(saved["ranks"])
     fail(f"the saved run has {processes} processes: use torchrun with as many", when=processes != WORLD_SIZE)
     saved |= saved["ranks"][RANK]
-    for name in state.keys() & saved.keys():
-        state[name].load_state_dict(saved[name])
+    try:
+        for name, part in state.items():
+            if name in saved:
+                part.load_state_dict(saved[name])
+    except (RuntimeError, ValueError):
+        fail(f"{run_dir} was saved by a script with another {name}; use that script")
     torch.set_rng_state(saved["cpu_random"])
     print(f"continuing from step {saved['global_step']:,}")
     if "envs" in saved:
@@ -938,7 +942,8 @@ def add_saved_flags(parser, argv):
         saved = load(Path(args.resume, "checkpoint.pt"))["args"] | {"run_dir": args.resume}
         may_change = {"total_timesteps", "checkpoint_every", "device", "eval_episodes", "capture_video", "resume"}
     for name in sorted(vars(args).keys() ^ saved.keys()):
-        print(f"warning: only {'the saved run' if name in saved else 'this script'} knows the flag {name}")
+        who, value = "the saved run" if name in saved else "this script", (vars(args) | saved)[name]
+        print(f"warning: only {who} knows the flag {name}, which is {value}")
     args = parser.parse_args(argv, argparse.Namespace(**saved))
     for name in sorted(saved.keys() - may_change):
         message = f"{name} is {saved[name]} in the saved run, and only {', '.join(sorted(may_change))} may change"
