@@ -130,7 +130,7 @@ def parse_args(argv=None):
     flag("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="auto = bf16 in aux. phase if supported")
     flag("--compile", action=switch, default=False, help="compile the encoders with torch.compile")
     flag("--exp-name", default=Path(__file__).stem, help="part of the default run directory's name")
-    flag("--run-dir", help="output directory; None = runs/{env_id}__{exp_name}__{seed}__{time}")
+    flag("--run-dir", help="output directory; None = runs/{env_id}__{exp_name}__{seed}__{time}-{pid}")
     flag("--resume", metavar="RUN_DIR", help="continue this run from its checkpoint")
     flag("--init-agent", metavar="PATH", help="start a new run from the parameters of this agent")
     flag("--checkpoint-every", type=natural, default=1, help="phases between checkpoints, 0 = no checkpoints")

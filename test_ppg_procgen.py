@@ -948,7 +948,7 @@ def test_recipes(tmp_path, recipe):
     diff = code_blocks("diff")[recipe]
     subprocess.run(["git", "apply", "-"], input=diff, text=True, check=True, cwd=tmp_path)
     if "envpool" not in diff or find_spec("envpool"):
-        status, output, errors = finish(start(flags, script=SCRIPT.name, cwd=tmp_path), "(?!Gym|Please|Users|See).+")
+        status, output, errors = finish(start(flags, script=SCRIPT.name, cwd=tmp_path))
         assert (status, errors) == (0, []) and re.search(sign, "\n".join(output))
 
 
