@@ -535,6 +535,8 @@ def test_tensorboard(tmp_path, monkeypatch):
     phases = ["losses/aux/kl_loss", "losses/aux/aux_value_loss", "losses/aux/real_value_loss", "time/auxiliary_phase"]
     assert logged.keys() == {*rollouts.split(), *phases}
     assert all(list(points) == list(steps[1::2] if tag in phases else steps) for tag, points in logged.items())
+    at_once = ppg.EpisodeStatistics(150)(torch.arange(149.0, -1, -1)[:, None], torch.ones(150, 1), envs)
+    assert at_once["charts/episodic_return_100"] == 49.5  # of the last 100 environments, not of the best episodes
     text = str(EventAccumulator(str(tmp_path)).Reload().Tensors("hyperparameters/text_summary"))
     assert all(f"|{flag[2:].replace('-', '_')}|" in text for flag in FLAGS) and "|total_timesteps|773|" in text
 
@@ -883,7 +885,7 @@ def test_evaluating_an_agent(tmp_path, capsys):
 
 def test_evaluations_of_a_run(tmp_path, monkeypatch, runs):
     """An evaluation that fails loses nothing of its phase. --capture-video films an episode after each phase, 512 x
-    512, all on one level. Training is bit-identical without it and the evaluation, which is logged after each phase."""
+    512. Training is bit-identical without it and the evaluation, which is logged after each phase."""
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(ppg, "evaluate", lambda *_: 1 / 0)
         train(f"{SMALL} --eval-episodes 1 --capture-video --run-dir {tmp_path} --total-timesteps {3 * PHASE}")
@@ -891,10 +893,9 @@ def test_evaluations_of_a_run(tmp_path, monkeypatch, runs):
     train(f"--resume {tmp_path}")
     assert flat(checkpoint(tmp_path)["agent"]) == flat(checkpoint(runs[3])["agent"])
     assert [list(points) for points in scalars(tmp_path, "eval/").values()] == [[2 * PHASE, 3 * PHASE]] * 2
-    (first, *others), (begin, *_) = (imageio.mimread(film, memtest=False) for film in (tmp_path / "videos").iterdir())
+    (first, *others), _ = (imageio.mimread(film, memtest=False) for film in (tmp_path / "videos").iterdir())
     assert {film.name for film in (tmp_path / "videos").iterdir()} == {"step-128-00000.mp4", "step-192-00000.mp4"}
     assert len(others) > 5 and first.shape == (512, 512, 3) and any((frame != first).any() for frame in others)
-    assert np.abs(first.astype(int) - begin).mean() < 5  # another maze: 19
 
 
 # --------------------------------------------------------------------------------------------- requirements and README
@@ -982,7 +983,6 @@ def rank_main(folder):
     ppg.make_envs = lambda *_: Quadrants(share, stagger=1, scale=1, size=8, first=ppg.RANK * share)
     ppg.act, torch.randperm = act_by_image, even_then_odd
     torch.set_default_dtype(torch.float64)
-    # One phase each. With two networks, the minibatches of one process come in two chunks.
     for name, flags in ("dual", "--e-v 2 --num-steps 40"), ("shared", "--e-aux 2 --num-steps 24"):
         run = f"{RANKS_RUN} --arch {name} {flags} --total-timesteps 384 --precision fp32 --run-dir {folder}/{name}"
         results[name] = train(run).state_dict()
