@@ -760,7 +760,7 @@ def save_run(args, run_dir, state, phase, global_step, next_obs, can_resume, new
     content = {"args": flags, "phase": phase, "global_step": global_step, "agent": state["agent"].state_dict()}
     if can_resume:
         parts = {name: part.state_dict() for name, part in state.items() if hasattr(part, "state_dict")}
-        common = {name: parts.pop(name) for name in ("agent", "optimizer", "aux_optimizer")}  # to all processes
+        common = {name: parts.pop(name) for name in ("agent", "optimizer", "aux_optimizer")}  # same everywhere
         parts |= {"next_obs": torch.from_numpy(next_obs), "cpu_random": torch.get_rng_state()}
         save(run_dir / "checkpoint.pt", {**content, **common, "ranks": all_processes(parts)})
     if new_agent:
@@ -809,8 +809,8 @@ def play(args, envs, agent, device, quota, seed):
 
 
 def evaluate(args, agent, device, num_episodes, film):
-    """Play on levels outside training -> {tag: scalar}. With --num-levels, play on the training levels first, for the
-    gap. It shares no random state with training, and all evaluations play the same levels. `film` is a path prefix."""
+    """Play on fresh levels -> {tag: scalar}. With --num-levels, play on the training levels and then on all others, for
+    the gap. It shares no random state with training, and all evaluations play the same levels. `film` is a path prefix."""
     num_envs = max(1, min(num_episodes, 64) // WORLD_SIZE)
     quota = math.ceil(num_episodes / (num_envs * WORLD_SIZE))
     seed, means = rank_seed(args.seed, 1000 + RANK), {}
