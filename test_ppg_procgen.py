@@ -733,14 +733,14 @@ def test_checkpoint_every(tmp_path, monkeypatch):
 
 def test_full_disk(run_dir, runs):
     """Where the checkpoint cannot be written, the run ends with a traceback whose last line says why; the checkpoint is
-    as it was, and the run can be resumed exactly, over what was left unfinished."""
+    as it was, and the run can be resumed exactly. A new checkpoint replaces the file and never writes into the old."""
     before, unfinished = files(run_dir), run_dir / "checkpoint.partial"
-    unfinished.symlink_to("/dev/full")
+    unfinished.symlink_to("/dev/full"), os.link(run_dir / "checkpoint.pt", run_dir / "old")
     status, _, errors = finish(start(f"--resume {run_dir} --total-timesteps {3 * PHASE}"))
     unfinished.unlink(missing_ok=True)
     assert status == 1 and "No space left on device" in errors[-1] and files(run_dir) == before
     train(f"--resume {run_dir} --total-timesteps {3 * PHASE}")
-    assert content(run_dir) == content(runs[3])
+    assert content(run_dir) == content(runs[3]) and (run_dir / "old").read_bytes() == before["checkpoint.pt"]
 
 
 def test_files_that_do_not_load(run_dir, monkeypatch, capsys):
