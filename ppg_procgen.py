@@ -810,7 +810,7 @@ def play(args, envs, agent, device, quota, seed):
 
 def evaluate(args, agent, device, num_episodes, film):
     """Play on fresh levels -> {tag: scalar}. With --num-levels, play on the training levels and then on all others, for
-    the gap. It shares no random state with training, and all evaluations play the same levels. `film` is a path prefix."""
+    the gap. All evaluations play the same levels, with random numbers of their own. `film` is a path prefix."""
     num_envs = max(1, min(num_episodes, 64) // WORLD_SIZE)
     quota = math.ceil(num_episodes / (num_envs * WORLD_SIZE))
     seed, means = rank_seed(args.seed, 1000 + RANK), {}
