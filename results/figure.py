@@ -95,7 +95,7 @@ def draw_curves():
 
 def draw_questions():
     figure, panels = plt.subplots(3, 3, figsize=(10, 9.6), layout="constrained")
-    e_pi, e_aux, n_pi, networks, gradient, clipping, minibatches, bigfish, note = panels.flat
+    e_pi, e_aux, n_pi, networks, gradient, clipping, minibatches, bigfish, starpilot = panels.flat
     ppg, ppo = ours("fruitbot-ppg", "fruitbot-ppg-2"), ours("fruitbot-ppo", "fruitbot-ppo-2")
     for panel in (e_pi, e_aux, n_pi, networks, gradient, clipping):
         draw(panel, published("fruitbot"), GRAY)
@@ -127,7 +127,7 @@ def draw_questions():
     draw(clipping, ppo, VERMILION, "not clipped", 60)
     draw(clipping, ours("fruitbot-ppo-clipped", "fruitbot-ppo-clipped-2"), BLUE, "clipped")
 
-    minibatches.set(title="PPO's minibatches", ylim=(1, 6), xlim=(0, 0.6), xticks=[0, 0.2, 0.4, 0.6])
+    minibatches.set(title="StarPilot PPO, minibatches", ylim=(1, 6), xlim=(0, 0.6), xticks=[0, 0.2, 0.4, 0.6])
     draw(minibatches, published("starpilot", until=600_000), GRAY)
     draw(minibatches, ours("starpilot-ppo-segments"), VERMILION, "segments", 56)
     single = {step: value for step, value in ours("starpilot-ppo")[0].items() if step <= 600_000}
@@ -138,18 +138,11 @@ def draw_questions():
     draw(bigfish, published("bigfish", "ppgsingle", 5_300_000), VERMILION, "authors'")
     draw(bigfish, ours("bigfish-ppg-32"), BLUE, "ours")
 
-    note.axis("off")
-    lines = (
-        "x: million steps",
-        "y: mean return",
-        "",
-        "gray: published PPO",
-        "",
-        "FruitBot, but for",
-        "minibatches (StarPilot)",
-        "and BigFish",
-    )
-    note.text(0, 0.95, "\n".join(lines), va="top")
+    starpilot.set(title="StarPilot", xlim=(0, 2.2), xticks=[0, 1, 2], ylim=(0, 31))
+    draw(starpilot, published("starpilot"), GRAY)
+    draw(starpilot, ours("starpilot-ppo-clipped"), VERMILION, "clipped PPO", "right")
+    draw(starpilot, ours("starpilot-ppg-32"), GREEN, "N_pi 32", "right")
+    draw(starpilot, ours("starpilot-ppg", "starpilot-ppg-2"), BLUE, "PPG")
     save(figure, "questions.png")
 
 
